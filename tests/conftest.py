@@ -1,0 +1,38 @@
+"""What every test finds: a provider on loopback, no way out of this machine, and no settings of the person who runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import settings
+
+from metered_ai.testing.provider import FakeProvider
+
+# A slow machine is no bug, and a failing example must be seen again by whoever repeats the run.
+settings.register_profile("suite", deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_OPENAI_", "METERED_AI_", "FLOWGLAD_"))]:
+    if name != "METERED_AI_LONG":
+        del os.environ[name]
+
+
+def stay_home(event: str, arguments: tuple) -> None:
+    """Refuse every connection that would leave this machine, whoever opens it."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+        if host != "localhost" and not ip_address(host).is_loopback:
+            raise PermissionError(f"a test tried to reach {host}")
+
+
+sys.addaudithook(stay_home)
+
+
+@pytest.fixture
+def provider():
+    """A provider that answers well until a test scripts otherwise."""
+    with FakeProvider() as provider:
+        yield provider
