@@ -43,6 +43,6 @@ def check_name(value: object, what: str, limit: int = 256) -> str:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except Exception as error:  # A foreign __repr__, or an int with more digits than Python prints.
+    except Exception as error:  # noqa: BLE001  A foreign __repr__, or an int with more digits than Python prints.
         return f"a {type(value).__name__} without a repr ({type(error).__name__})"
     return text if len(text) <= 300 else f"{text[:300]}… ({len(text)} characters)"

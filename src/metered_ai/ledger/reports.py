@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """
-    Holds whose owner died and how they were resolved. Amounts in credits, summed over all meters.
+    Holds whose owner died and how they were resolved: counts, and `charged_amount` in credits over all meters.
 
-    `in_doubt` is what was released although the provider may have worked: calls that may have cost us.
-    `replayed` counts settles that were brought in from a spool.
+    `in_doubt` counts those released although the provider may have worked: calls that may have cost us.
+    `replayed` counts settles that were brought in from a spool, `parked` those that no ledger will ever take.
     """
 
     released: int = 0

@@ -1,0 +1,717 @@
+"""
+What each step does to the rows, inside a transaction that the caller began.
+
+The usual way of a step is one statement that checks everything, and its consequences; everything unusual loads the rows,
+decides, and writes them back. A refusal (MeteringError, ValueError) is raised before the step has written anything of its
+own, so that it needs no undoing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+from ..core import funds
+from ..core.checks import check_name
+from ..core.steps import (
+    AddGrant,
+    Enlarge,
+    Place,
+    Record,
+    Release,
+    Released,
+    Renew,
+    Revoke,
+    Settle,
+    Settled,
+    SetUnlimited,
+    Step,
+    StepResult,
+)
+from ..errors import AlreadyBilledError, BillingUnavailableError, GrantConflictError, InsufficientCreditsError
+from ..records import Grant, Hold, Usage, UsageEvent
+from .accounts import (
+    SQL,
+    Account,
+    Accounts,
+    EndedHold,
+    Execute,
+    OpenHold,
+    check_total,
+    fit,
+    grant_funds,
+    hold_of,
+    saved,
+)
+from .inputs import ID_LIMIT
+from .reports import Recovery
+from .rows import Row, event_of, microseconds, moment, packed, unpacked, usage_columns
+
+__all__ = ["TOMBSTONE_KEPT", "Book", "Sweep"]
+
+_log = logging.getLogger("metered_ai.ledger")
+_SECOND = 1_000_000
+TOMBSTONE_KEPT = 7 * 86_400 * _SECOND
+"""How long the id of a hold that was released before it was placed stays refused, in microseconds."""
+_PRUNED_AT_ONCE = 500
+_ORPHANS_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Resolve these holds (account number, hold id) if they are orphans still; and remove what is of no use any more."""
+
+    holds: tuple[tuple[int, str], ...]
+
+
+class _Number(NamedTuple):
+    """The number of an operation that a hold takes. `event` is set where another scope has billed it: a repeat."""
+
+    operation: str
+    scope: str
+    number: int
+    transaction_id: str
+    event: UsageEvent | None
+
+
+class Book(Accounts):
+    """Does steps, each as far as its rows go; the transaction is the caller's."""
+
+    def __init__(self, execute: Execute, connection: sqlite3.Connection) -> None:
+        super().__init__(execute, connection)
+        self._ways: dict[type, Callable[[Any, int], Any]] = {
+            Place: self._place,
+            Enlarge: self._enlarge,
+            Settle: self._settle,
+            Release: self._release,
+            Renew: self._renew,
+            Record: self._record,
+            AddGrant: self._add_grant,
+            Revoke: self._revoke,
+            SetUnlimited: self._set_unlimited,
+            Sweep: self._sweep,
+        }
+
+    def do(self, step: Step | Sweep, now: int) -> StepResult | Recovery:
+        """Do one step at the time `now`."""
+        self.mark = self._connection.total_changes
+        result: StepResult | Recovery = self._ways[type(step)](step, now)
+        return result
+
+    # Place
+
+    def _place(self, step: Place, now: int) -> Hold:
+        if step.operation is not None:
+            return self._place_slowly(step, now)
+        rows = self._execute(
+            SQL["place_fast"], (step.customer, step.meter, step.hold_id, step.amount, now, step.max_holds)
+        ).fetchall()
+        if not rows:
+            return self._place_slowly(step, now)
+
+        account_no, is_unlimited = rows[0]
+        owner_no, lease_until = self._lease(step.owner, int(step.lease * _SECOND), now)
+        ends_at = now + int(step.max_call * _SECOND)
+        reserve = SQL["reserved_unlimited"] if is_unlimited else SQL["reserved"]
+        if self._execute(reserve, (account_no, step.amount)).rowcount != 1:
+            raise RuntimeError(f"account {account_no} changed under a write lock")
+        self._insert(
+            "new_open_hold",
+            (account_no, step.hold_id, step.amount, is_unlimited, 0, now, ends_at, step.on_unknown),
+            (
+                owner_no,
+                None,
+                None,
+                None,
+                None,
+                step.parent,
+                step.endpoint,
+                step.model,
+                step.price_slug,
+                packed(step.properties),
+            ),
+        )
+        return Hold(
+            id=step.hold_id,
+            customer=step.customer,
+            meter=step.meter,
+            amount=step.amount,
+            state="open",
+            placed_at=moment(now),
+            expires_at=moment(ends_at if lease_until is None else min(ends_at, lease_until)),
+            endpoint=step.endpoint,
+            model=step.model,
+            parent=step.parent,
+            is_unlimited=bool(is_unlimited),
+        )
+
+    def _place_slowly(self, step: Place, now: int) -> Hold:
+        account = self._account(step.customer, step.meter, now)
+        if account is not None:
+            hold = self._open_hold(account, step.hold_id)
+            if hold is not None:
+                if hold.amount != step.amount and not hold.is_repeat:
+                    raise ValueError(f"hold {step.hold_id!r} is open with amount {hold.amount}, not {step.amount}")
+                return hold_of(account, hold)
+            self._refuse_ended(account, step.hold_id)
+
+        account, number = self._admit(step, account, now)
+
+        if account is None:
+            account = self._new_account(step.customer, step.meter)
+        owner_no, lease_until = self._lease(step.owner, int(step.lease * _SECOND), now)
+        is_repeat = number is not None and number.event is not None
+        hold = OpenHold(
+            hold_id=step.hold_id,
+            amount=0 if is_repeat else step.amount,
+            is_unlimited=int(account.is_unlimited),
+            is_repeat=int(is_repeat),
+            placed_at=now,
+            ends_at=now + int(step.max_call * _SECOND),
+            on_unknown=step.on_unknown,
+            owner_no=owner_no,
+            transaction_id=number.transaction_id if number else None,
+            operation=number.operation if number else None,
+            scope=number.scope if number else None,
+            number=number.number if number else None,
+            parent=step.parent,
+            endpoint=step.endpoint,
+            model=step.model,
+            price_slug=step.price_slug,
+            properties=packed(step.properties),
+            lease_until=lease_until,
+        )
+        self._insert("new_open_hold", (account.no, *hold[:7]), hold[7:17])
+        if number is not None:
+            self._take_number(account, number.operation, number.scope, number.number)
+        account.open_holds += 1
+        if hold.is_unlimited:
+            account.unlimited_held += hold.amount
+        else:
+            account.funds.held += hold.amount
+        self._save(account)
+        return hold_of(account, hold)
+
+    def _admit(self, step: Place, account: Account | None, now: int) -> tuple[Account | None, _Number | None]:
+        """Decide whether a hold may be placed, after the orphans that stand in its way have been resolved."""
+        try:
+            return account, self._admitted(step, account)
+        except (InsufficientCreditsError, AlreadyBilledError):
+            if account is None or not self._sweep_account(account, now):
+                raise
+        except BillingUnavailableError:
+            if not self._sweep_customer(step.customer, now):
+                raise
+        account = self._account(step.customer, step.meter, now)
+        return account, self._admitted(step, account)
+
+    def _admitted(self, step: Place, account: Account | None) -> _Number | None:
+        number = None if step.operation is None else self._number(step, account)
+        open_holds = sum(row[2] for row in self._execute(SQL["accounts_of_customer"], (step.customer,)).fetchall())
+        if open_holds >= step.max_holds:
+            raise BillingUnavailableError(
+                f"customer {step.customer!r} has {open_holds} open holds; max_holds allows {step.max_holds}"
+            )
+        if step.amount == 0 or (number is not None and number.event is not None):
+            return number
+        if account is None:
+            raise InsufficientCreditsError(customer=step.customer, meter=step.meter, available=0, required=step.amount)
+        if account.is_unlimited:
+            check_total(account.unlimited_held + step.amount, account)
+        elif account.funds.free < step.amount:
+            raise InsufficientCreditsError(
+                customer=step.customer,
+                meter=step.meter,
+                available=account.available,
+                required=step.amount,
+                held=account.funds.held,
+                is_transient=step.amount <= account.funds.limit - account.funds.used,
+            )
+        return number
+
+    def _number(self, step: Place, account: Account | None) -> _Number:
+        """The lowest number of the operation that its scope has neither open nor settled, and who else has it."""
+        operation = cast("str", step.operation)
+        scope = step.hold_id if step.scope is None else step.scope
+        number = 1
+        if account is not None:
+            key = (account.no, operation, scope)
+            (freed,) = self._execute(SQL["lowest_freed_number"], key).fetchall()[0]
+            (highest,) = self._execute(SQL["highest_number"], key).fetchall()[0]
+            number = freed or (highest or 0) + 1
+        name = operation if number == 1 else f"{operation}.{number}"
+        check_name(name, "transaction_id", ID_LIMIT)
+        event = None
+        if account is not None:
+            event = self._event(account, name)
+            is_held = event is None and bool(
+                self._execute(SQL["open_hold_by_transaction"], (account.no, name)).fetchall()
+            )
+            if step.on_repeat == "refuse" and (event is not None or is_held):
+                raise AlreadyBilledError(customer=step.customer, meter=step.meter, transaction_id=name, event=event)
+        return _Number(operation, scope, number, name, event)
+
+    def _refuse_ended(self, account: Account, hold_id: str) -> None:
+        ended = self._ended_hold(account, hold_id)
+        if ended is None and self._event_of_hold(account, hold_id) is None:
+            return
+        state = "settled" if ended is None else "released" if ended.state == "tombstone" else ended.state
+        raise BillingUnavailableError(f"hold {hold_id!r} has ended ({state}); nothing is reserved under its id again")
+
+    def _lease(self, owner: str | None, lease: int, now: int) -> tuple[int | None, int | None]:
+        """The owner's number and the end of its lease, extended if less than two thirds of it remain."""
+        if owner is None:
+            return None, None
+        enough = now + lease * 2 // 3
+        no, lease_until = self._leases.get(owner, (0, 0))
+        if lease_until < enough:
+            for row in self._execute(SQL["owner"], (owner,)).fetchall():
+                no, lease_until = row
+        if lease_until < enough:
+            no, lease_until = self._renew_owner(owner, now + lease), now + lease
+        self._leases[owner] = (no, lease_until)
+        return no, lease_until
+
+    # Enlarge
+
+    def _enlarge(self, step: Enlarge, now: int) -> Hold:
+        account = self._account(step.customer, step.meter, now)
+        hold = None if account is None else self._open_hold(account, step.hold_id)
+        if account is None or hold is None:
+            if account is not None:
+                self._refuse_ended(account, step.hold_id)
+            raise BillingUnavailableError(
+                f"hold {step.hold_id!r} is not known on meter {step.meter!r}; it cannot be enlarged"
+            )
+        if step.amount <= hold.amount or hold.is_repeat:
+            return hold_of(account, hold)
+
+        more = step.amount - hold.amount
+        is_free = bool(hold.is_unlimited) or account.is_unlimited
+        if not is_free and account.funds.free < more and self._sweep_account(account, now, but=hold.hold_id):
+            account = self._account(step.customer, step.meter, now)
+            assert account is not None
+        if not is_free and account.funds.free < more:
+            raise InsufficientCreditsError(
+                customer=step.customer,
+                meter=step.meter,
+                available=account.available,
+                required=more,
+                held=account.funds.held,
+                # Its own hold does not end for it.
+                is_transient=step.amount <= account.funds.limit - account.funds.used,
+            )
+        check_total((account.unlimited_held if hold.is_unlimited else account.funds.held) + more, account)
+        self._execute(SQL["open_hold_enlarged"], (account.no, hold.hold_id, step.amount))
+        if hold.is_unlimited:
+            account.unlimited_held += more
+        else:
+            account.funds.held += more
+        self._save(account)
+        return hold_of(account, hold._replace(amount=step.amount))
+
+    # Settle
+
+    def _settle(self, step: Settle, now: int) -> Settled:
+        rows = self._execute(
+            SQL["settle_fast"], (step.customer, step.meter, step.hold_id, now, step.transaction_id, step.amount)
+        ).fetchall()
+        if not rows:
+            return self._settle_slowly(step, now)
+
+        account_no, held, is_unlimited, own, events, last_event_at = rows[0]
+        name = own or step.transaction_id
+        created_at = max(now, last_event_at + 1)
+        properties = packed(step.properties)
+        self._insert(
+            "new_event",
+            (
+                (account_no << 32) + events + 1,
+                account_no,
+                created_at,
+                name,
+                step.amount,
+                step.basis,
+                step.kind,
+                is_unlimited,
+                0,
+                0 if step.usage is None else 1,
+            ),
+            (
+                step.hold_id,
+                step.fingerprint,
+                step.request_id,
+                step.attempts,
+                step.price_slug,
+                step.parent,
+                properties,
+                *usage_columns(step.usage),
+            ),
+        )
+        self._execute(SQL["open_hold_taken"], (account_no, step.hold_id))
+        used = SQL["used_unlimited"] if is_unlimited else SQL["used"]
+        self._execute(used, (account_no, step.amount, held, events + 1, created_at))
+        event = UsageEvent(
+            customer=step.customer,
+            meter=step.meter,
+            transaction_id=name,
+            amount=step.amount,
+            created_at=moment(created_at),
+            basis=step.basis,
+            kind=step.kind,
+            hold_id=step.hold_id,
+            usage=step.usage,
+            request_id=step.request_id,
+            attempts=step.attempts,
+            properties=unpacked(properties),
+            price_slug=step.price_slug,
+            parent=step.parent,
+            is_unlimited=bool(is_unlimited),
+        )
+        return Settled(event, "settled")
+
+    def _settle_slowly(self, step: Settle, now: int) -> Settled:
+        account = self._account(step.customer, step.meter, now)
+        hold = None if account is None else self._open_hold(account, step.hold_id)
+        if account is None or hold is None:
+            return self._settle_late(step, account, now)
+
+        name, found, outcome = self._event_name(step, account, hold.transaction_id)
+        if found is not None:
+            self._end_unused(account, hold, "released", now, reason="repeat", sent="yes", event_id=found.transaction_id)
+            return Settled(found, outcome)
+
+        check_total((account.unlimited_used if hold.is_unlimited else account.funds.used) + step.amount, account)
+        self._use_hold(account, hold, step.amount)
+        event = self._write_settled(step, account, name, now, is_unlimited=bool(hold.is_unlimited), is_late=False)
+        self._save(account)
+        return Settled(event, "settled")
+
+    def _settle_late(self, step: Settle, account: Account | None, now: int) -> Settled:
+        """The hold has ended, or was never here. What was not recorded yet is recorded: the provider has been paid."""
+        ended = None if account is None else self._ended_hold(account, step.hold_id)
+        if account is not None:
+            event = self._event_of_hold(account, step.hold_id)
+            if ended is not None and ended.state == "charged" and event is not None:
+                return self._correct(step, account, ended, event, now)
+            if ended is not None and ended.event_id is not None:
+                first = self._event(account, ended.event_id)
+                if first is not None:
+                    return Settled(first, "again" if ended.state == "settled" else "repeat")
+            if event is not None:
+                return Settled(event, "again")
+
+        if account is None:
+            account = self._new_account(step.customer, step.meter)
+        name, found, outcome = self._event_name(step, account, None if ended is None else ended.transaction_id)
+        if found is not None:
+            self._note_repeat(step, account, ended, found, now)
+            return Settled(found, outcome)
+
+        is_unlimited = step.is_unlimited if ended is None or ended.state == "tombstone" else bool(ended.is_unlimited)
+        self._use(account, step.amount, is_unlimited)
+        event = self._write_settled(step, account, name, now, is_unlimited=is_unlimited, is_late=True)
+        if ended is not None:
+            self._execute(SQL["ended_hold_settled"], (account.no, step.hold_id, name))
+            self._retake_number(account, ended)
+        self._save(account)
+        return Settled(event, "late")
+
+    def _note_repeat(
+        self, step: Settle, account: Account, ended: EndedHold | None, found: UsageEvent, now: int
+    ) -> None:
+        """Remember what a late settle repeated, so that it answers the same the next time."""
+        if ended is not None:
+            self._execute(SQL["ended_hold_repeated"], (account.no, step.hold_id, found.transaction_id))
+            self._retake_number(account, ended)
+            return
+        self._end_row(
+            account.no,
+            OpenHold(step.hold_id, 0, int(step.is_unlimited), 0, now, now, "release", *[None] * 11),
+            "released",
+            now,
+            reason="repeat",
+            sent="yes",
+            event_id=found.transaction_id,
+        )
+
+    def _correct(self, step: Settle, account: Account, ended: EndedHold, charged: UsageEvent, now: int) -> Settled:
+        """The orphan was charged by policy and now the truth comes: what is missing is charged, what was too much is granted."""
+        name = self._free_name(account, f"{fit(f'hold_{step.hold_id}', 3)}.c1")
+        missing = step.amount - charged.amount
+        is_unlimited = bool(ended.is_unlimited)
+        if missing > 0:
+            self._use(account, missing, is_unlimited)
+        elif missing < 0 and not is_unlimited:
+            check_total(account.funds.limit - missing, account)
+        event = self._write_settled(
+            step, account, name, now, is_unlimited=is_unlimited, is_late=True, kind="correction", amount=max(0, missing)
+        )
+        self._execute(SQL["ended_hold_settled"], (account.no, step.hold_id, name))
+        # What was counted as unlimited use has taken no credits, so there are none to give back.
+        if missing < 0 and not is_unlimited:
+            self._give(account, self._free_grant_id(account, f"correction_{step.hold_id}"), -missing, None, now)
+        self._save(account)
+        return Settled(event, "corrected")
+
+    def _event_name(
+        self, step: Settle, account: Account, own: str | None
+    ) -> tuple[str, UsageEvent | None, Literal["replay", "repeat"]]:
+        """What the event of a settle is called; or the event that there is already, and whether this is its replay or a repeat."""
+        name = step.transaction_id if own is None else own
+        row = self._event_row(account, name)
+        if row is None:
+            return name, None, "repeat"
+        if step.is_explicit or own is not None:
+            return name, event_of(account.customer, account.meter, row), "repeat"
+        other = f"{fit(name, 9)}.{_hash(step.fingerprint or step.hold_id)}"
+        last = f"{fit(name, 9)}.{_hash(step.hold_id)}"
+        for candidate in (name, other, last):
+            row = self._event_row(account, candidate)
+            if row is None:
+                _log.warning(
+                    "transaction id %r came with two different answers (customer %r, meter %r); recorded as %r",
+                    name,
+                    account.customer,
+                    account.meter,
+                    candidate,
+                )
+                return candidate, None, "repeat"
+            if step.fingerprint is not None and row[26] == step.fingerprint:
+                return candidate, event_of(account.customer, account.meter, row), "replay"
+        return self._free_name(account, last), None, "repeat"
+
+    def _write_settled(
+        self,
+        step: Settle,
+        account: Account,
+        name: str,
+        now: int,
+        *,
+        is_unlimited: bool,
+        is_late: bool,
+        kind: str | None = None,
+        amount: int | None = None,
+    ) -> UsageEvent:
+        return self._write_event(
+            account,
+            name,
+            step.amount if amount is None else amount,
+            now,
+            basis=step.basis,
+            kind=kind or step.kind,
+            hold_id=step.hold_id,
+            is_unlimited=is_unlimited,
+            is_late=is_late,
+            fingerprint=step.fingerprint,
+            request_id=step.request_id,
+            attempts=step.attempts,
+            price_slug=step.price_slug,
+            parent=step.parent,
+            properties=packed(step.properties),
+            usage=step.usage,
+        )
+
+    # Release, Renew
+
+    def _release(self, step: Release, now: int) -> Released:
+        rows = self._execute(SQL["release_fast"], (step.customer, step.meter, step.hold_id, now)).fetchall()
+        if rows:
+            account_no, amount, is_unlimited, placed_at, *description = rows[0]
+            self._execute(SQL["open_hold_taken"], (account_no, step.hold_id))
+            self._execute(SQL["given_back_unlimited"] if is_unlimited else SQL["given_back"], (account_no, amount))
+            self._insert(
+                "new_ended_hold",
+                (account_no, step.hold_id, "released", amount, is_unlimited, 0, placed_at, now, step.reason, step.sent),
+                (None, None, None, None, None, *description),
+            )
+            return Released("released")
+
+        account = self._account(step.customer, step.meter, now)
+        if account is None:
+            account = self._new_account(step.customer, step.meter)
+        hold = self._open_hold(account, step.hold_id)
+        if hold is not None:
+            event_id = hold.transaction_id if hold.is_repeat and step.reason == "repeat" else None
+            self._end_unused(account, hold, "released", now, reason=step.reason, sent=step.sent, event_id=event_id)
+            return Released("released")
+        if (
+            self._ended_hold(account, step.hold_id) is not None
+            or self._event_of_hold(account, step.hold_id) is not None
+        ):
+            return Released("again")
+        tombstone = OpenHold(step.hold_id, 0, 0, 0, now, now, "release", *[None] * 11)
+        self._end_row(account.no, tombstone, "tombstone", now, reason=step.reason, sent=step.sent)
+        return Released("tombstone")
+
+    def _renew(self, step: Renew, now: int) -> int:
+        no = self._renew_owner(step.owner, now + int(step.lease * _SECOND))
+        self._leases.pop(step.owner, None)
+        return cast("int", self._execute(SQL["holds_of_owner"], (no,)).fetchall()[0][0])
+
+    def _renew_owner(self, owner: str, lease_until: int) -> int:
+        return cast("int", self._execute(SQL["owner_renewed"], (owner, lease_until)).fetchall()[0][0])
+
+    # Record
+
+    def _record(self, step: Record, now: int) -> UsageEvent:
+        account = self._account(step.customer, step.meter, now)
+        if account is not None:
+            first = self._event(account, step.transaction_id)
+            if first is not None:
+                return first
+        properties = packed(step.properties)
+        if account is None:
+            account = self._new_account(step.customer, step.meter)
+        self._use(account, step.amount, account.is_unlimited)
+        event = self._write_event(
+            account,
+            step.transaction_id,
+            step.amount,
+            now,
+            basis="reported",
+            kind="record",
+            hold_id=None,
+            is_unlimited=account.is_unlimited,
+            price_slug=step.price_slug,
+            properties=properties,
+            usage=step.usage,
+        )
+        self._save(account)
+        return event
+
+    # Grants
+
+    def _add_grant(self, step: AddGrant, now: int) -> Grant:
+        account = self._account(step.customer, step.meter, now)
+        if account is not None:
+            first = self._grant(account, step.id)
+            if first is not None:
+                if first.amount != step.amount:
+                    raise GrantConflictError(
+                        f"grant {step.id!r} of customer {step.customer!r} on meter {step.meter!r} exists with amount "
+                        f"{first.amount}, not {step.amount}; the first stands"
+                    )
+                return first
+            check_total(account.funds.limit + step.amount, account)
+        else:
+            account = self._new_account(step.customer, step.meter)
+        expires_at = None if step.expires_at is None else microseconds(step.expires_at, "expires_at")
+        self._give(account, step.id, step.amount, expires_at, now)
+        self._save(account)
+        return cast("Grant", self._grant(account, step.id))
+
+    def _give(self, account: Account, grant_id: str, amount: int, expires_at: int | None, now: int) -> None:
+        self._load_grants(account)
+        (no,) = self._execute(SQL["new_grant"], (account.no, grant_id, amount, now, expires_at)).fetchall()[0]
+        funds.add(account.funds, funds.GrantFunds(no, amount, expires_at), self._limited_holds(account), now)
+
+    def _revoke(self, step: Revoke, now: int) -> Grant:
+        account = self._account(step.customer, step.meter, now)
+        rows = [] if account is None else self._execute(SQL["grant"], (account.no, step.id)).fetchall()
+        if account is None or not rows:
+            raise ValueError(f"grant {step.id!r} of customer {step.customer!r} on meter {step.meter!r} does not exist")
+        self._load_grants(account)
+        no = rows[0][0]
+        grant = next((grant for grant in account.funds.grants if grant.key == no), None)
+        if grant is None:
+            # Spent to the end; it comes back to be revoked.
+            grant = grant_funds(rows[0])
+            account.funds.grants.append(grant)
+            cast("dict[int, Row]", account.loaded)[no] = saved(grant)
+        funds.revoke(account.funds, grant, self._limited_holds(account), now)
+        self._save(account)
+        return cast("Grant", self._grant(account, step.id))
+
+    def _set_unlimited(self, step: SetUnlimited, now: int) -> None:
+        account = self._account(step.customer, step.meter, now)
+        if account is None:
+            if not step.is_unlimited:
+                return
+            account = self._new_account(step.customer, step.meter)
+        if account.is_unlimited != step.is_unlimited:
+            account.is_unlimited = step.is_unlimited
+            self._save(account)
+
+    # Orphans
+
+    def _sweep(self, step: Sweep, now: int) -> Recovery:
+        recovery = Recovery()
+        account: Account | None = None
+        for account_no, hold_id in step.holds:
+            if account is None or account.no != account_no:
+                if account is not None:
+                    self._save(account)
+                (row,) = self._execute(SQL["account_by_no"], (account_no,)).fetchall()
+                account = Account.of(row[13], row[14], row)
+                self._apply_expiries(account, now)
+            hold = self._open_hold(account, hold_id)
+            if hold is not None and hold.is_orphan(now):
+                recovery += self._resolve(account, hold, now)
+        if account is not None:
+            self._save(account)
+        self._execute(SQL["tombstones_pruned"], (now - TOMBSTONE_KEPT, _PRUNED_AT_ONCE))
+        self._execute(SQL["owners_pruned"], (now - TOMBSTONE_KEPT,))
+        return recovery
+
+    def _sweep_account(self, account: Account, now: int, but: str | None = None) -> bool:
+        """Resolve the orphans of one account and tell whether there were any. What this writes stands by itself."""
+        rows = self._execute(SQL["orphans_of_account"], (account.no, "", now, _ORPHANS_AT_ONCE)).fetchall()
+        found = False
+        for (hold_id,) in rows:
+            hold = self._open_hold(account, hold_id)
+            if hold is not None and hold_id != but:
+                self._resolve(account, hold, now)
+                found = True
+        if found:
+            self._save(account)
+            self.mark = self._connection.total_changes
+        return found
+
+    def _sweep_customer(self, customer: str, now: int) -> bool:
+        found = False
+        for no, _, open_holds in self._execute(SQL["accounts_of_customer"], (customer,)).fetchall():
+            if open_holds:
+                (row,) = self._execute(SQL["account_by_no"], (no,)).fetchall()
+                account = Account.of(row[13], row[14], row)
+                self._apply_expiries(account, now)
+                found = self._sweep_account(account, now) or found
+        return found
+
+    def _resolve(self, account: Account, hold: OpenHold, now: int) -> Recovery:
+        """End an orphan by its policy; the caller saves the account."""
+        if hold.on_unknown == "release" or hold.is_repeat:
+            self._end_unused(account, hold, "expired", now, reason="unknown", sent="unknown", saves=False)
+            return Recovery(released=1, in_doubt=1)
+
+        name = hold.transaction_id
+        if name is None or self._event_row(account, name) is not None:
+            name = self._free_name(account, fit(f"hold_{hold.hold_id}", 0))
+        usage = (
+            None if hold.model is None and hold.endpoint is None else Usage(model=hold.model, endpoint=hold.endpoint)
+        )
+        self._use_hold(account, hold, hold.amount)
+        self._write_event(
+            account,
+            name,
+            hold.amount,
+            now,
+            basis="held",
+            kind="expired",
+            hold_id=hold.hold_id,
+            is_unlimited=bool(hold.is_unlimited),
+            price_slug=hold.price_slug,
+            parent=hold.parent,
+            properties=hold.properties,
+            usage=usage,
+        )
+        self._end_row(account.no, hold, "charged", now, reason="unknown", sent="unknown")
+        return Recovery(charged=1, charged_amount=hold.amount)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

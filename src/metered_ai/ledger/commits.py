@@ -1,0 +1,254 @@
+"""
+Who does a step, and when: a lone caller in its own thread at once, contended callers together in one transaction.
+
+There is one turn. Who finds it free takes it and does its own step. Who finds it taken leaves the step in a queue; a writer
+thread then does all that is queued as one transaction, and its one fsync serves them all. Nothing here blocks but a caller
+who waits for its own result.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+__all__ = ["Commits", "Job"]
+
+AT_ONCE = 256
+"""Steps in one transaction at most."""
+
+_FIRST_WAIT = 0.0005
+_LONGEST_WAIT = 0.005
+
+
+class Job:
+    """One step, how long it may wait for a lock, and in the end its result or error."""
+
+    __slots__ = ("error", "is_done", "lock", "patience", "result", "since", "step")
+
+    def __init__(self, step: Any, patience: float) -> None:
+        self.step = step
+        self.patience = patience
+        self.since = time.monotonic()
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.is_done = False
+        self.lock: Any = None
+
+    def finish(self) -> None:
+        """Tell whoever waits. The result or the error is set."""
+        self.is_done = True
+        if self.lock is not None:
+            self.lock.release()
+
+    def is_out_of_patience(self) -> bool:
+        return time.monotonic() - self.since >= self.patience
+
+
+class _Handed(Job):
+    """A step that somebody handed over and went on."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, step: Any, patience: float) -> None:
+        super().__init__(step, patience)
+        self.future: Future[Any] = Future()
+        # A step, once handed over, cannot be taken back: `cancel` of the future changes nothing.
+        self.future.set_running_or_notify_cancel()
+
+    def finish(self) -> None:
+        self.is_done = True
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)
+
+
+class _Several:
+    """Steps that were handed over together, with one future for all."""
+
+    __slots__ = ("future", "left", "outcomes")
+
+    def __init__(self, count: int) -> None:
+        self.future: Future[list[Any]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.outcomes: list[Any] = [None] * count
+        self.left = count
+
+    def note(self, index: int, outcome: Any) -> None:
+        self.outcomes[index] = outcome
+        self.left -= 1
+        if not self.left:
+            self.future.set_result(self.outcomes)
+
+
+class _OneOfSeveral(Job):
+    __slots__ = ("group", "index")
+
+    def __init__(self, step: Any, patience: float, group: _Several, index: int) -> None:
+        super().__init__(step, patience)
+        self.group = group
+        self.index = index
+
+    def finish(self) -> None:
+        self.is_done = True
+        self.group.note(self.index, self.error if self.error is not None else self.result)
+
+
+class Commits:
+    """
+    Gives steps to `work`, which does jobs as one transaction and sets their results.
+
+    `work` returns the jobs it could not begin because somebody else has the ledger locked; `locked` makes the error of one that
+    has waited long enough for that.
+    """
+
+    def __init__(self, work: Callable[[list[Job]], list[Job]], locked: Callable[[Job], Exception], name: str) -> None:
+        self._work = work
+        self._locked = locked
+        self._name = name
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget threads, locks and steps: after a fork they are the parent's."""
+        self._queue: deque[Job] = deque()
+        # The turn is taken by `setdefault` and given back by `pop`: single operations that no signal handler can split.
+        self._turn: dict[int, object] = {}
+        self._wakeup: SimpleQueue[bool] = SimpleQueue()
+        self._is_woken = False
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def run(self, step: Any, patience: float) -> Any:
+        """Do one step and return its result, or raise its error."""
+        job = Job(step, patience)
+        try:
+            if not self._queue and self._turn.setdefault(0, job) is job and not self._work([job]):
+                job.is_done = True
+        finally:
+            # Twice, so that a second KeyboardInterrupt in the middle of this cannot keep the turn for ever.
+            try:
+                self._leave(job)
+            finally:
+                if self._turn.get(0) is job:
+                    self._leave(job)
+        if not job.is_done:
+            job.lock = _thread.allocate_lock()
+            job.lock.acquire()
+            self._hand_over(job)
+            if self._thread is not None and self._thread.ident == _thread.get_ident():
+                # A callback of a future, run by the writer itself: nobody else would do the step.
+                self._serve(job)
+            else:
+                job.lock.acquire()
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def submit(self, step: Any, patience: float) -> Future[Any]:
+        job = _Handed(step, patience)
+        self._hand_over(job)
+        return job.future
+
+    def submit_all(self, steps: Sequence[tuple[Any, float, Exception | None]]) -> Future[list[Any]]:
+        """Hand over steps with their patience; one that comes with an error has failed already."""
+        group = _Several(len(steps))
+        if not steps:
+            group.future.set_result([])
+        for index, (step, patience, error) in enumerate(steps):
+            if error is None:
+                self._queue.append(_OneOfSeveral(step, patience, group, index))
+            else:
+                group.note(index, error)
+        self._wake()
+        return group.future
+
+    def drain(self) -> None:
+        """Wait until everything handed over so far has been done."""
+        while self._queue or self._turn:
+            barrier = Job(None, float("inf"))
+            barrier.lock = _thread.allocate_lock()
+            barrier.lock.acquire()
+            self._hand_over(barrier)
+            barrier.lock.acquire()
+
+    def stop(self) -> None:
+        """End the writer thread, after `drain`."""
+        thread = self._thread
+        if thread is not None and thread.ident != _thread.get_ident():
+            self._wakeup.put(False)
+            thread.join()
+        self._thread = None
+
+    def _hand_over(self, job: Job) -> None:
+        self._queue.append(job)
+        self._wake()
+
+    def _leave(self, holder: object) -> None:
+        if self._turn.get(0) is holder:
+            self._turn.pop(0)
+        if self._queue:
+            self._wake()
+
+    def _wake(self) -> None:
+        # Whoever has the turn looks at the queue when it leaves, so that a step appended before this look is never forgotten.
+        if not self._queue or self._turn or self._is_woken:
+            return
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    thread = threading.Thread(target=self._serve, name=f"{self._name} writer", daemon=True)
+                    thread.start()
+                    self._thread = thread
+        self._is_woken = True
+        self._wakeup.put(True)
+
+    def _serve(self, until: Job | None = None) -> None:
+        """Do what is queued whenever somebody wakes this thread; with `until`, return as soon as that job is done."""
+        holder = object()
+        wait = _FIRST_WAIT
+        while until is None or not until.is_done:
+            if not self._wakeup.get():
+                return
+            self._is_woken = False
+            while self._queue and self._turn.setdefault(0, holder) is holder:
+                try:
+                    done, is_locked = self._do_queued()
+                finally:
+                    self._turn.pop(0)
+                # After the turn has been given back: a callback may come with a step of its own.
+                for job in done:
+                    job.finish()
+                if is_locked:
+                    time.sleep(wait)
+                wait = min(wait * 1.5, _LONGEST_WAIT) if is_locked else _FIRST_WAIT
+
+    def _do_queued(self) -> tuple[list[Job], bool]:
+        """Do what is queued in one transaction; return what is done or has waited too long, and whether the ledger was locked."""
+        batch: list[Job] = []
+        while self._queue and len(batch) < AT_ONCE:
+            batch.append(self._queue.popleft())
+        steps = [job for job in batch if job.step is not None]
+        left = self._work(steps) if steps else steps
+        if not left:
+            return batch, False
+
+        undone = set(map(id, left))
+        done = [job for job in batch if job.step is not None and id(job) not in undone]
+        queued = [job for job in batch if job.step is None or id(job) in undone]
+        while self._queue:
+            queued.append(self._queue.popleft())
+        waiting: list[Job] = []
+        for job in queued:
+            if job.is_out_of_patience():
+                job.error = self._locked(job)
+                done.append(job)
+            else:
+                waiting.append(job)
+        self._queue.extendleft(reversed(waiting))
+        return done, True

@@ -1,0 +1,51 @@
+"""Reads SQL files: statements by name, and migrations by number."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+
+__all__ = ["narrowed", "read_migration", "read_statements", "split"]
+
+
+def read_statements(file: str) -> Mapping[str, str]:
+    """The statements of a .sql file beside this module, by the name that a `-- name:` line gives each."""
+    parts = re.split(r"^-- name: (\w+)$", _text(file), flags=re.MULTILINE)
+    return {name: body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def read_migration(file: str) -> list[str]:
+    """The statements of a migration, one by one, so that they run inside one transaction."""
+    return split(_text(f"migrations/{file}"))
+
+
+def narrowed(insert: str, absent: Sequence[int]) -> str:
+    """An `INSERT … (columns) VALUES (?, …)` without the columns of these positions."""
+    match = re.fullmatch(r"(INSERT INTO \w+) \(([^)]+)\) VALUES \([?, ]+\)", insert)
+    if match is None:
+        raise ValueError(f"not an INSERT of plain values: {insert!r}")
+    columns = [column.strip() for position, column in enumerate(match[2].split(",")) if position not in absent]
+    return f"{match[1]} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+def split(script: str) -> list[str]:
+    """Cut a script at the ends of its statements; a trigger's body is part of its statement."""
+    statements: list[str] = []
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if line.rstrip().endswith(";") and sqlite3.complete_statement(pending):
+            statements.append(pending.strip())
+            pending = ""
+    if re.sub(r"--.*", "", pending).strip():
+        raise ValueError(f"a statement without an end: {pending.strip()!r}")
+    return statements
+
+
+def _text(file: str) -> str:
+    data = pkgutil.get_data("metered_ai.ledger", file)
+    if data is None:
+        raise FileNotFoundError(f"{file} is missing from the package metered_ai.ledger")
+    return data.decode()

@@ -1,0 +1,207 @@
+-- What steps do. Each statement stands under its name; ?1, ?2 … are its parameters, in order.
+-- Names ending in _fast look whether a step may go its usual way; nothing has been written where it may not.
+-- Of the INSERTs a narrower form is made where values are NULL: binding a None costs more than storing a column.
+
+-- name: place_fast
+SELECT a.no, a.is_unlimited
+FROM account AS a
+WHERE a.customer = ?1 AND a.meter = ?2
+    AND (a.is_unlimited OR a.credit_limit - a.used - a.held >= ?4 OR ?4 = 0)
+    AND a.unlimited_held <= 4611686018427387904 - ?4
+    AND (a.next_expiry IS NULL OR a.next_expiry > ?5)
+    AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?1) < ?6
+    AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = a.no AND h.hold_id = ?3)
+    AND NOT EXISTS (SELECT 1 FROM ended_hold AS e WHERE e.account_no = a.no AND e.hold_id = ?3)
+    AND NOT EXISTS (
+        SELECT 1 FROM usage_event AS u
+        WHERE u.hold_id = ?3 AND u.account_no = a.no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
+    )
+
+-- name: reserved
+-- Checks and reserves in one, whatever was read before.
+UPDATE account SET held = held + ?2, open_holds = open_holds + 1
+WHERE no = ?1 AND NOT is_unlimited AND (credit_limit - used - held >= ?2 OR ?2 = 0)
+
+-- name: reserved_unlimited
+UPDATE account SET unlimited_held = unlimited_held + ?2, open_holds = open_holds + 1 WHERE no = ?1 AND is_unlimited
+
+-- name: settle_fast
+SELECT a.no, h.amount, h.is_unlimited, h.transaction_id, a.events, a.last_event_at
+FROM account AS a
+JOIN open_hold AS h ON h.account_no = a.no AND h.hold_id = ?3
+WHERE a.customer = ?1 AND a.meter = ?2
+    AND NOT h.is_repeat
+    AND a.kept = 0
+    AND (a.next_expiry IS NULL OR a.next_expiry > ?4)
+    AND a.used <= 4611686018427387904 - ?6
+    AND a.unlimited_used <= 4611686018427387904 - ?6
+    AND NOT EXISTS (
+        SELECT 1 FROM usage_event AS u
+        WHERE u.account_no = a.no AND u.transaction_id = coalesce(h.transaction_id, ?5)
+    )
+
+-- name: used
+UPDATE account SET used = used + ?2, held = held - ?3, open_holds = open_holds - 1, events = ?4, last_event_at = ?5 WHERE no = ?1
+
+-- name: used_unlimited
+UPDATE account SET
+    unlimited_used = unlimited_used + ?2, unlimited_held = unlimited_held - ?3, open_holds = open_holds - 1,
+    events = ?4, last_event_at = ?5
+WHERE no = ?1
+
+-- name: release_fast
+SELECT a.no, h.amount, h.is_unlimited, h.placed_at, h.parent, h.endpoint, h.model, h.price_slug, h.properties
+FROM account AS a
+JOIN open_hold AS h ON h.account_no = a.no AND h.hold_id = ?3
+WHERE a.customer = ?1 AND a.meter = ?2
+    AND h.operation IS NULL
+    AND a.kept = 0
+    AND (a.next_expiry IS NULL OR a.next_expiry > ?4)
+
+-- name: given_back
+UPDATE account SET held = held - ?2, open_holds = open_holds - 1 WHERE no = ?1
+
+-- name: given_back_unlimited
+UPDATE account SET unlimited_held = unlimited_held - ?2, open_holds = open_holds - 1 WHERE no = ?1
+
+-- name: open_hold_taken
+DELETE FROM open_hold WHERE account_no = ?1 AND hold_id = ?2
+
+-- name: account
+SELECT
+    no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
+    events, last_event_at
+FROM account WHERE customer = ?1 AND meter = ?2
+
+-- name: account_by_no
+SELECT
+    no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
+    events, last_event_at, customer, meter
+FROM account WHERE no = ?1
+
+-- name: accounts_of_customer
+SELECT no, meter, open_holds FROM account WHERE customer = ?1 ORDER BY meter
+
+-- name: new_account
+INSERT INTO account (customer, meter) VALUES (?1, ?2) RETURNING no
+
+-- name: account_saved
+UPDATE account SET
+    credit_limit = ?2, used = ?3, held = ?4, unlimited_used = ?5, unlimited_held = ?6, is_unlimited = ?7, open_holds = ?8,
+    allocated = ?9, kept = ?10, next_expiry = ?11, events = ?12, last_event_at = ?13
+WHERE no = ?1
+
+-- name: grants_with_remainder
+SELECT no, amount, expires_at, spent, expired, revoked, kept, is_over
+FROM credit_grant WHERE account_no = ?1 AND has_remainder = 1 ORDER BY no
+
+-- name: grant
+SELECT no, amount, expires_at, spent, expired, revoked, kept, is_over, created_at
+FROM credit_grant WHERE account_no = ?1 AND grant_id = ?2
+
+-- name: new_grant
+INSERT INTO credit_grant (account_no, grant_id, amount, created_at, expires_at, spent, expired, revoked, kept, is_over, has_remainder)
+VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 0, 0, 0, 1) RETURNING no
+
+-- name: grant_saved
+UPDATE credit_grant SET spent = ?2, expired = ?3, revoked = ?4, kept = ?5, is_over = ?6, has_remainder = ?7 WHERE no = ?1
+
+-- name: limited_holds
+SELECT placed_at, amount FROM open_hold WHERE account_no = ?1 AND is_unlimited = 0 AND amount > 0
+
+-- name: open_hold
+SELECT
+    h.hold_id, h.amount, h.is_unlimited, h.is_repeat, h.placed_at, h.ends_at, h.on_unknown, h.owner_no, h.transaction_id,
+    h.operation, h.scope, h.number, h.parent, h.endpoint, h.model, h.price_slug, h.properties,
+    (SELECT o.lease_until FROM owner AS o WHERE o.no = h.owner_no)
+FROM open_hold AS h WHERE h.account_no = ?1 AND h.hold_id = ?2
+
+-- name: new_open_hold
+INSERT INTO open_hold (
+    account_no, hold_id, amount, is_unlimited, is_repeat, placed_at, ends_at, on_unknown,
+    owner_no, transaction_id, operation, scope, number, parent, endpoint, model, price_slug, properties
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: open_hold_enlarged
+UPDATE open_hold SET amount = ?3 WHERE account_no = ?1 AND hold_id = ?2
+
+-- name: open_hold_by_transaction
+SELECT hold_id FROM open_hold WHERE account_no = ?1 AND transaction_id = ?2 AND transaction_id IS NOT NULL LIMIT 1
+
+-- name: orphans_of_account
+SELECT h.hold_id
+FROM open_hold AS h
+LEFT JOIN owner AS o ON o.no = h.owner_no
+WHERE h.account_no = ?1 AND h.hold_id > ?2
+    AND (h.ends_at <= ?3 OR (h.owner_no IS NOT NULL AND coalesce(o.lease_until, 0) <= ?3))
+ORDER BY h.hold_id LIMIT ?4
+
+-- name: ended_hold
+SELECT
+    state, amount, is_unlimited, is_repeat, reason, event_id, transaction_id, operation, scope, number
+FROM ended_hold WHERE account_no = ?1 AND hold_id = ?2
+
+-- name: new_ended_hold
+INSERT INTO ended_hold (
+    account_no, hold_id, state, amount, is_unlimited, is_repeat, placed_at, ended_at, reason, sent,
+    event_id, transaction_id, operation, scope, number, parent, endpoint, model, price_slug, properties
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: ended_hold_settled
+UPDATE ended_hold SET state = 'settled', event_id = ?3 WHERE account_no = ?1 AND hold_id = ?2
+
+-- name: ended_hold_repeated
+UPDATE ended_hold SET state = 'released', reason = 'repeat', event_id = ?3 WHERE account_no = ?1 AND hold_id = ?2
+
+-- name: lowest_freed_number
+SELECT min(number) FROM operation_number WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = 1
+
+-- name: highest_number
+SELECT max(number) FROM operation_number WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = 0
+
+-- name: number_removed
+DELETE FROM operation_number WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = ?4 AND number = ?5
+
+-- name: number_added
+INSERT INTO operation_number (account_no, operation, scope, is_free, number) VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING
+
+-- name: new_event
+INSERT INTO usage_event (
+    no, account_no, created_at, transaction_id, amount, basis, kind, is_unlimited, is_late, has_usage,
+    hold_id, fingerprint, request_id, attempts, price_slug, parent, properties,
+    model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
+    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: event_by_transaction
+SELECT
+    created_at, transaction_id, amount, basis, kind, hold_id, is_unlimited, is_late, request_id, attempts, price_slug, parent,
+    properties, has_usage, model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
+    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters, fingerprint
+FROM usage_event WHERE account_no = ?1 AND transaction_id = ?2
+
+-- name: event_by_hold
+SELECT
+    created_at, transaction_id, amount, basis, kind, hold_id, is_unlimited, is_late, request_id, attempts, price_slug, parent,
+    properties, has_usage, model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
+    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters, fingerprint
+FROM usage_event WHERE hold_id = ?2 AND account_no = ?1 AND hold_id IS NOT NULL AND kind <> 'correction'
+
+-- name: owner
+SELECT no, lease_until FROM owner WHERE id = ?1
+
+-- name: owner_renewed
+INSERT INTO owner (id, lease_until) VALUES (?1, ?2)
+ON CONFLICT (id) DO UPDATE SET lease_until = excluded.lease_until
+RETURNING no
+
+-- name: holds_of_owner
+SELECT count(*) FROM open_hold WHERE owner_no = ?1
+
+-- name: tombstones_pruned
+DELETE FROM ended_hold WHERE (account_no, hold_id) IN (
+    SELECT account_no, hold_id FROM ended_hold WHERE state = 'tombstone' AND ended_at < ?1 ORDER BY ended_at LIMIT ?2
+)
+
+-- name: owners_pruned
+DELETE FROM owner WHERE lease_until < ?1 AND no NOT IN (SELECT owner_no FROM open_hold WHERE owner_no IS NOT NULL)
