@@ -24,6 +24,7 @@ All of them pickle. Messages carry names and numbers, never prompts, answers or 
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -194,10 +195,8 @@ class UsageNotRecordedError(MeteringError):
 
     def _state(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        if (
-            hasattr(self.result, "__next__")
-            or hasattr(self.result, "__anext__")
-            or hasattr(self.result, "http_response")
-        ):
+        try:
+            pickle.dumps(self.result)
+        except Exception:  # noqa: BLE001  a live answer holds sockets and locks, and each fails in its own way
             state["result"] = None
         return state

@@ -8,10 +8,10 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sdk_walk import walk
 
 from metered_ai.core.endpoints import DOORS, SOCKET, access, find, refusal
 from metered_ai.records import Usage
+from tests.sdk_walk import walk
 
 VERSION = tuple(int(part) for part in openai.__version__.split(".")[:2])
 

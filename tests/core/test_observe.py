@@ -84,12 +84,20 @@ def sse(*events, end="\n"):
     return "".join(line + end for line in lines).encode()
 
 
-def stream(door, *events, pieces=None, hide=False, end="\n", **asked):
-    reader = StreamReader(door, ask(door, stream=True, **asked), count_text=True, hide_usage=hide)
-    content = sse(*events, end=end)
-    for piece in pieces or [content]:
+def stream(door, *events, pieces=(), **asked):
+    """The reader of a stream, which must not learn more or less when events come one by one than when they come at once."""
+    pieces = pieces or [sse(event) for event in events]
+    readers = []
+    for fed in (pieces, [b"".join(pieces)]):
+        reader = StreamReader(door, ask(door, stream=True, **asked), count_text=True, hide_usage=False)
+        for piece in fed:
+            reader.feed(piece)
+        assert reader.flush() == b""
+        readers.append((repr(reader.observation()), reader.is_done, reader.is_complete))
+    assert readers[0] == readers[1]
+    reader = StreamReader(door, ask(door, stream=True, **asked), count_text=True, hide_usage=False)
+    for piece in pieces:
         reader.feed(piece)
-    assert reader.flush() == b""
     return reader
 
 
@@ -506,7 +514,7 @@ def test_usage_on_a_chunk_with_choices():
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
 def test_largest_usage(order):
     """Of several usages in one stream the one with the largest total counts."""
-    usages = [chunk("x", usage={"prompt_tokens": 5, "completion_tokens": count}) for count in order]
+    usages = [chunk("x"), *(chunk("x", usage={"prompt_tokens": 5, "completion_tokens": count}) for count in order)]
 
     assert 3 == stream(CHAT, *usages, chunk(finish="stop"), "[DONE]").observation().usage.output_tokens
 
@@ -550,10 +558,10 @@ def test_text_that_looks_like_usage():
     """What the model writes is never taken for what the server reports."""
     text = '"usage":{"prompt_tokens":1,"completion_tokens":1},"finish_reason":"stop","error":{"x":1}'
 
-    reader = stream(CHAT, chunk("Hi"), chunk(text), chunk(finish=None))
+    reader = stream(CHAT, chunk("Hi"), chunk(text), chunk("{" + text + "}"), chunk(finish=None))
 
     assert (None, False, False) == (reader.observation().usage, reader.is_complete, reader.observation().error)
-    assert len(text) + 2 == reader.observation().ascii_chars
+    assert 2 * len(text) + 4 == reader.observation().ascii_chars
 
 
 @pytest.mark.parametrize(
@@ -570,6 +578,72 @@ def test_error_in_a_stream(door, event):
     reader = stream(door, event)
 
     assert (True, False, False) == (reader.observation().error, reader.observation().is_answer, reader.is_complete)
+
+
+def choice(**delta):
+    return chunk(choices=[{"index": 0, "delta": delta, "finish_reason": None}])
+
+
+@pytest.mark.parametrize(
+    ("event", "ascii_chars", "other_chars"),
+    [
+        (chunk("abc"), 3, 0),
+        (chunk("a{b}c"), 5, 0),
+        (chunk("a{" + "b" * 20), 22, 0),
+        (chunk("é😀"), 0, 2),
+        (chunk('"\n'), 2, 0),
+        (choice(content="ab", reasoning="cd"), 4, 0),
+        (choice(role="assistant", content="ab"), 2, 0),
+        (choice(reasoning_content="ab"), 2, 0),
+    ],
+)
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_deltas(event, is_ascii, ascii_chars, other_chars):
+    """The text of a delta is counted right, whatever it holds, and wherever it is cut in two."""
+    first = sse(chunk("xx"))
+    content = f"data: {json.dumps(event, ensure_ascii=is_ascii, separators=(',', ':'))}\n\n".encode()
+    for cut in range(len(content)):
+        for hide in (False, True):
+            reader = StreamReader(CHAT, ask(CHAT, stream=True), count_text=True, hide_usage=hide)
+            given_out = [reader.feed(piece) for piece in (first, first, content[:cut], content[cut:], content)]
+
+            assert first * 2 + content * 2 == b"".join(given_out)
+            assert (4 + 2 * ascii_chars, 2 * other_chars) == (
+                reader.observation().ascii_chars,
+                reader.observation().other_chars,
+            )
+
+
+def test_events_in_one_piece():
+    """A usage is found although a mere delta follows it in the same piece of bytes."""
+    pieces = [sse(chunk("x")), sse(chunk("x")), sse(chunk("x", usage=FAMILY_A), chunk("x"))]
+
+    assert 9 == stream(CHAT, pieces=pieces).observation().usage.output_tokens
+
+
+def test_output_is_noticed():
+    """Output is noticed when it comes, after an empty first delta as well, counted or not."""
+    for count_text in (True, False):
+        reader = StreamReader(CHAT, ask(CHAT, stream=True), count_text=count_text, hide_usage=False)
+        reader.feed(sse(chunk("")))
+        assert not reader.observation().has_output
+
+        reader.feed(sse(chunk("Hi")))
+        assert reader.observation().has_output
+
+
+def test_late_id():
+    """An id that comes only after text was sent is found."""
+    assert "c1" == stream(CHAT, chunk("a", id=""), chunk("b", id=""), chunk("c")).observation().id
+
+
+def test_late_error():
+    """An error is noticed after any number of deltas, also where it hides behind a usage that is none."""
+    reader = StreamReader(CHAT, ask(CHAT, stream=True), count_text=False, hide_usage=False)
+    for event in (chunk("x"), chunk("x"), {"usage": None, "error": {"message": "x"}}):
+        reader.feed(sse(event))
+
+    assert reader.observation().error
 
 
 def test_error_beside_a_choice():
@@ -693,6 +767,14 @@ def test_run_stream():
 
     reader.feed(sse(("thread.run.completed", run | {"status": "completed", "usage": usage}), ("done", "[DONE]")))
     assert (True, 5, False) == (reader.is_done, reader.observation().usage.input_tokens, reader.observation().failed)
+
+
+@pytest.mark.parametrize("status", [[], {}, None, 9])
+def test_run_with_an_odd_status(status):
+    """A status that is none ends nothing, and does not raise."""
+    reader = stream(RUNS, {"id": "run_1", "object": "thread.run", "status": status})
+
+    assert ("run_1", False) == (reader.observation().id, reader.is_complete)
 
 
 def test_json_over_several_lines():

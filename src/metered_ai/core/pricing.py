@@ -87,7 +87,7 @@ _NOT_TEXT = frozenset(
         "encoding_format",
     }
 )
-_OWN_TOOLS = frozenset({"function", "custom"})
+_OWN_TOOLS = ("function", "custom")
 
 
 class Pricing:

@@ -1,0 +1,690 @@
+"""`Billing`: a ledger with policies, and everything an application asks of it. `connect` makes one from a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from urllib.parse import unquote
+
+from .errors import BillingUnavailableError, ConfigurationError, InsufficientCreditsError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    from .charge import Charge
+    from .core.call import Policies
+    from .core.steps import Place, Renew, Step
+    from .ledger import Ledger, Recovery, Verification
+    from .records import Balance, Grant, Hold, UsageEvent, UsageSum
+    from .settings import PolicyOptions, Settings
+    from .settling import End, Settler
+
+__all__ = ["Billing", "connect"]
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+DEFAULT_URL = "sqlite:///metered_ai.db"
+
+
+def billing_url(url: str | None = None) -> str:
+    """`url`, else METERED_AI_BILLING, else a SQLite file in this folder; with the absolute path, so that a later chdir changes nothing."""
+    given = url if url is not None else os.environ.get("METERED_AI_BILLING") or DEFAULT_URL
+    if not isinstance(given, str):
+        raise ConfigurationError(f"a billing URL is a str such as {DEFAULT_URL!r}, not {given!r}")
+    scheme, separator, rest = given.partition("://")
+    if separator and scheme == "memory":
+        if rest:
+            raise ConfigurationError(f"memory:// takes no path, but got {given!r}")
+        return "memory://"
+    if separator and scheme == "sqlite":
+        if not rest.startswith("/") or len(rest) < 2 or "?" in rest or "#" in rest:
+            raise ConfigurationError(
+                f"a SQLite ledger is sqlite:///file.db or sqlite:////folder/file.db, not {given!r}"
+            )
+        return f"sqlite:///{Path(unquote(rest[1:])).resolve()}"
+    if separator and scheme in ("postgresql", "postgres", "flowglad"):
+        raise ConfigurationError(f"this release has no {scheme} billing; it has sqlite:///file.db and memory://")
+    shown = f"{scheme}://…" if separator else given
+    raise ConfigurationError(f"cannot bill through {shown!r}; known are sqlite:///file.db and memory://")
+
+
+def connect(url: str | None = None, /, **policies: Unpack[PolicyOptions]) -> Billing:
+    """
+    Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`.
+
+    Without a URL METERED_AI_BILLING is read, else it is `sqlite:///metered_ai.db`. Opens nothing yet. You close it.
+    The keywords are the policies of `Billing`. Raises ConfigurationError naming the value that cannot be, TypeError for a misspelled one.
+    """
+    return Billing(billing_url(url), **policies)
+
+
+class Billing:
+    """
+    A ledger with policies. Every method has an async form (`agrant`, `abalance`, …) that never blocks the loop.
+
+    `ledger` is a URL or a `Ledger`; one given as an object is not closed by `close`. Opens nothing before the first use.
+
+    Policies: `on_unknown` (no answer and no refusal) release or charge; `on_failure` (the provider breaks off) release or observed;
+    `on_abort` (the consumer stops early) observed, hold or drain; `on_repeat` (an operation billed before) refuse or free;
+    `on_settle_failure` return or raise; `lease`, `heartbeat`, `max_call`, `hold_patience`, `settle_patience`, `wait_for_credits` in
+    seconds; `max_holds` of a customer; `durability` full or relaxed; `auto_migrate`; `spool` a folder; `default_max_output_tokens`;
+    `upgrade_url` carried in refusals.
+    """
+
+    def __init__(self, ledger: str | Ledger, /, **policies: Unpack[PolicyOptions]) -> None:
+        from .settings import settings
+
+        self.settings: Settings = settings(cast("dict[str, Any]", policies))
+        self._url = billing_url(ledger) if isinstance(ledger, str) else None
+        self._given = None if isinstance(ledger, str) else ledger
+        self._policies: Policies | None = None
+        self._is_closed = False
+        self._reset()
+        _alive.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._opened: tuple[Ledger, Settler] | None = None
+        self._owner: str | None = None
+        # What opening brought in and parked, until `recover` has told of it.
+        self._replayed = (0, 0)
+        self._streams: dict[int, Callable[[], None]] = {}
+        self._drains = threading.BoundedSemaphore(8)
+
+    def _after_fork(self) -> None:
+        opened = self._opened
+        self._lock = threading.RLock()
+        self._owner = None
+        self._streams = {}
+        self._drains = threading.BoundedSemaphore(8)
+        if opened is not None:
+            opened[1].after_fork()
+
+    def __repr__(self) -> str:
+        return f"<Billing {self._url or self._given!r}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        await self.aclose()
+
+    # Opening.
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger underneath, opened."""
+        return self._open()[0]
+
+    def _open(self) -> tuple[Ledger, Settler]:
+        opened = self._opened
+        if opened is not None and self._owner is not None:
+            return opened
+        with self._lock:
+            if self._is_closed:
+                raise self._closed_error()
+            if self._opened is None:
+                self._opened = self._make()
+            if self._owner is None:
+                self._own(self._opened[1])
+            return self._opened
+
+    def _closed_error(self) -> BillingUnavailableError:
+        return BillingUnavailableError(
+            f"the billing on {self._url or 'the given ledger'} is closed; connect() makes a new one"
+        )
+
+    def _make(self) -> tuple[Ledger, Settler]:
+        from .ledger.spool import Spool, place_in, state_folder
+        from .settling import Settler
+
+        keeps = self.settings
+        state = state_folder()
+        ledger, place = self._make_ledger()
+        if keeps.spool is not None:
+            place = place_in(Path(keeps.spool), place)
+        elif self._url is None or self._url == "memory://":
+            # No file of its own that the spool could stand beside.
+            place = place_in(state or Path.cwd(), place)
+        return ledger, Settler(ledger, Spool(place, state))
+
+    def _make_ledger(self) -> tuple[Ledger, Path]:
+        """The ledger, and a path that stands for it and for no other."""
+        keeps = self.settings
+        if self._given is not None:
+            return self._given, Path(f"/ledger-{sha256(self._given.name.encode()).hexdigest()[:16]}")
+        if self._url == "memory://":
+            from .ledger.memory import MemoryLedger
+
+            return MemoryLedger(), Path(f"/memory-{os.urandom(8).hex()}")
+
+        from .ledger.sqlite import SqliteLedger
+
+        assert self._url is not None
+        path = Path(self._url.removeprefix("sqlite:///"))
+        _log.info("credits are kept in %s", path)
+        ledger = SqliteLedger(
+            path,
+            durability=keeps.durability,
+            hold_patience=keeps.hold_patience,
+            settle_patience=keeps.settle_patience,
+            auto_migrate=keeps.auto_migrate,
+        )
+        return ledger, path
+
+    def _own(self, settler: Settler) -> None:
+        from .core.steps import Renew
+        from .ledger.leases import heartbeat, new_owner
+
+        owner = new_owner()
+        keeps = self.settings
+        if settler.adopt():
+            self._replayed = settler.replay()
+            settler.start_retrying()
+        heartbeat.watch(
+            owner,
+            partial(_beat, weakref.ref(self), Renew(owner, keeps.lease)),
+            keeps.heartbeat,
+            sweep=partial(_sweep, weakref.ref(self)),
+            sweep_every=keeps.lease / 2,
+        )
+        self._owner = owner
+
+    # Holds, for the clients and for charges.
+
+    @property
+    def policies(self) -> Policies:
+        """The policies that decide how a call ends."""
+        if self._policies is None:
+            from .core.call import Policies
+
+            keeps = self.settings
+            self._policies = Policies(
+                keeps.on_unknown, keeps.on_failure, keeps.on_abort, keeps.on_repeat, keeps.default_max_output_tokens
+            )
+        return self._policies
+
+    def _ready(self) -> tuple[Ledger, Settler, str]:
+        if self._is_closed:
+            raise self._closed_error()
+        ledger, settler = self._open()
+        if settler.is_waiting:
+            raise BillingUnavailableError(
+                f"usage of earlier calls waits to be written to {ledger.name}; no new call is let through until it is"
+            )
+        assert self._owner is not None
+        return ledger, settler, self._owner
+
+    def _place(self, make: Callable[[str], Place]) -> Hold:
+        ledger, settler, owner = self._ready()
+        step = make(owner)
+        patience = _Patience(self.settings.wait_for_credits)
+        while True:
+            try:
+                return cast("Hold", ledger.run(step))
+            except InsufficientCreditsError as error:
+                error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                pause = patience.pause(error)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    settler.submit(_undo(step))
+                raise
+
+    async def _aplace(self, make: Callable[[str], Place]) -> Hold:
+        opened = self._opened
+        if opened is None or self._owner is None:
+            await asyncio.to_thread(self._open)
+        _, settler, owner = self._ready()
+        step = make(owner)
+        patience = _Patience(self.settings.wait_for_credits)
+        while True:
+            try:
+                return cast("Hold", await settler.run(step))
+            except InsufficientCreditsError as error:
+                error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                pause = patience.pause(error)
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    # Cancelled while the hold was being placed: whichever arrives first, no hold stays.
+                    settler.submit(_undo(step))
+                raise
+
+    def _watch(self, call: object, stop: Callable[[], None]) -> None:
+        """Remember a stream that has not ended, so that the end of the program ends it, and make the queue ready for it."""
+        self._open()[1].start()
+        self._streams[id(call)] = stop
+
+    def _unwatch(self, call: object) -> None:
+        self._streams.pop(id(call), None)
+
+    @property
+    def _settler(self) -> Settler:
+        return self._open()[1]
+
+    # What an application asks.
+
+    def grant(self, customer: str, meter: str, amount: int, *, id: str, expires_at: datetime | None = None) -> Grant:
+        """
+        Give `amount` credits (at least 1). Idempotent by customer, meter and `id`: the first stands.
+
+        `expires_at` needs a time zone. Raises GrantConflictError when the id was used with another amount, ValueError naming bad input.
+        """
+        return cast("Grant", self._run(_grant_step(customer, meter, amount, id, expires_at)))
+
+    async def agrant(
+        self, customer: str, meter: str, amount: int, *, id: str, expires_at: datetime | None = None
+    ) -> Grant:
+        """`grant`, without blocking the loop."""
+        return cast("Grant", await self._arun(_grant_step(customer, meter, amount, id, expires_at)))
+
+    def revoke(self, customer: str, meter: str, id: str, /) -> Grant:
+        """Take a grant back: what is unspent leaves the balance, the rest becomes debt. Idempotent. ValueError for an unknown id."""
+        return cast("Grant", self._run(_revoke_step(customer, meter, id)))
+
+    async def arevoke(self, customer: str, meter: str, id: str, /) -> Grant:
+        """`revoke`, without blocking the loop."""
+        return cast("Grant", await self._arun(_revoke_step(customer, meter, id)))
+
+    def set_unlimited(self, customer: str, meter: str, is_unlimited: bool, /) -> None:
+        """Refuse this account nothing from now on, or go back to its balance. Usage is counted either way."""
+        self._run(_unlimited_step(customer, meter, is_unlimited))
+
+    async def aset_unlimited(self, customer: str, meter: str, is_unlimited: bool, /) -> None:
+        """`set_unlimited`, without blocking the loop."""
+        await self._arun(_unlimited_step(customer, meter, is_unlimited))
+
+    def record(
+        self,
+        customer: str,
+        meter: str,
+        *,
+        transaction_id: str,
+        amount: int = 1,
+        properties: Mapping[str, Any] | None = None,
+        price_slug: str | None = None,
+    ) -> UsageEvent:
+        """Record usage after the fact, without a hold; it may go into debt. The same id again gives the first event."""
+        step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
+        return cast("UsageEvent", self._run(step))
+
+    async def arecord(
+        self,
+        customer: str,
+        meter: str,
+        *,
+        transaction_id: str,
+        amount: int = 1,
+        properties: Mapping[str, Any] | None = None,
+        price_slug: str | None = None,
+    ) -> UsageEvent:
+        """`record`, without blocking the loop."""
+        step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
+        return cast("UsageEvent", await self._arun(step))
+
+    def charge(
+        self,
+        customer: str,
+        meter: str,
+        *,
+        amount: int,
+        transaction_id: str | None = None,
+        covers_calls: bool = False,
+        price_slug: str | None = None,
+        properties: Mapping[str, Any] | None = None,
+    ) -> Charge:
+        """
+        Hold credits around anything: `with` or `async with`; leaving settles, an exception releases.
+
+        With `covers_calls` it is also a `bill_to(customer)`: calls of that customer started inside, on any meter, cost 0 and are linked
+        to it. InsufficientCreditsError and AlreadyBilledError come from entering.
+        """
+        from .charge import Charge
+
+        return Charge(
+            self,
+            customer,
+            meter,
+            amount=amount,
+            transaction_id=transaction_id,
+            covers_calls=covers_calls,
+            price_slug=price_slug,
+            properties=properties,
+        )
+
+    def balance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:  # noqa: ARG002  a ledger is always fresh
+        """The balance now, with everything that this process has handed over. `refresh` asks a remote service anew; the ledger is always exact."""
+        self._settle_queue()
+        return self.ledger.balance(customer, meter)
+
+    async def abalance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:
+        """`balance`, without blocking the loop."""
+        return await asyncio.to_thread(self.balance, customer, meter, refresh=refresh)
+
+    def balances(self, customer: str, /) -> list[Balance]:
+        """The balances of every meter that the customer has used or was granted."""
+        self._settle_queue()
+        return self.ledger.balances(customer)
+
+    async def abalances(self, customer: str, /) -> list[Balance]:
+        """`balances`, without blocking the loop."""
+        return await asyncio.to_thread(self.balances, customer)
+
+    def usage_events(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Iterator[UsageEvent]:
+        """Usage events, oldest first within each customer and meter; from `since`, before `until` (both with a time zone)."""
+        self._settle_queue()
+        return self.ledger.usage_events(customer, meter, since, until)
+
+    def ausage_events(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> AsyncIterator[UsageEvent]:
+        """`usage_events`, read in a thread."""
+        return _in_thread(lambda: self.usage_events(customer, meter, since=since, until=until))
+
+    def usage(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        by: Sequence[Literal["customer", "day", "meter", "model"]] = ("day", "meter", "model"),
+    ) -> Iterator[UsageSum]:
+        """Usage added up by any of customer, day (UTC), meter and model. Meters are never added together."""
+        self._settle_queue()
+        return self.ledger.usage(customer, meter, since, until, by)
+
+    def ausage(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        by: Sequence[Literal["customer", "day", "meter", "model"]] = ("day", "meter", "model"),
+    ) -> AsyncIterator[UsageSum]:
+        """`usage`, read in a thread."""
+        return _in_thread(lambda: self.usage(customer, meter, since=since, until=until, by=by))
+
+    def holds(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        state: Literal["open", "released", "expired", "charged"] | None = None,
+    ) -> Iterator[Hold]:
+        """Holds of calls in flight, and those that ended without an answer being settled; `state` picks one kind."""
+        self._settle_queue()
+        return self.ledger.holds(customer, meter, state=state)
+
+    def aholds(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        state: Literal["open", "released", "expired", "charged"] | None = None,
+    ) -> AsyncIterator[Hold]:
+        """`holds`, read in a thread."""
+        return _in_thread(lambda: self.holds(customer, meter, state=state))
+
+    def grants(self, customer: str | None = None, meter: str | None = None) -> Iterator[Grant]:
+        """Grants, oldest first within each customer and meter."""
+        return self.ledger.grants(customer, meter)
+
+    def agrants(self, customer: str | None = None, meter: str | None = None) -> AsyncIterator[Grant]:
+        """`grants`, read in a thread."""
+        return _in_thread(lambda: self.grants(customer, meter))
+
+    def recover(self) -> Recovery:
+        """
+        Resolve the holds of processes that died, by the policy each was placed with, and bring in what a spool kept.
+
+        Runs by itself in every process each half lease. A hold counts as orphaned only when its lease is out.
+        """
+        from .ledger.reports import Recovery
+
+        ledger, settler = self._open()
+        settler.adopt()
+        (at_start, parked_at_start), self._replayed = self._replayed, (0, 0)
+        taken, parked = settler.replay()
+        return ledger.recover() + Recovery(replayed=at_start + taken, parked=parked_at_start + parked)
+
+    async def arecover(self) -> Recovery:
+        """`recover`, without blocking the loop."""
+        return await asyncio.to_thread(self.recover)
+
+    def verify(self) -> Verification:
+        """Recompute every invariant of the ledger from its records. `is_sound` tells, `broken` lists."""
+        self._settle_queue()
+        return self.ledger.verify()
+
+    async def averify(self) -> Verification:
+        """`verify`, without blocking the loop."""
+        return await asyncio.to_thread(self.verify)
+
+    def readiness(self) -> list[str]:
+        """Why new calls would be refused now; empty when all is well. For a readiness probe."""
+        reasons: list[str] = []
+        try:
+            ledger, settler = self._open()
+            if settler.is_waiting:
+                reasons.append(f"usage waits to be written to {ledger.name}")
+            ledger.balance("readiness", "readiness")
+        except BillingUnavailableError as error:
+            reasons.append(str(error))
+        return reasons
+
+    async def areadiness(self) -> list[str]:
+        """`readiness`, without blocking the loop."""
+        return await asyncio.to_thread(self.readiness)
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Wait until every call that has ended in this process is in the ledger. False when `timeout` seconds were not enough."""
+        opened = self._opened
+        return opened is None or opened[1].flush(timeout)
+
+    def close(self) -> None:
+        """
+        Bring in what has ended, end streams that nobody reads any more, and close the ledger if this object opened it.
+
+        Holds of calls that are running stay. Closing twice changes nothing.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if self._opened is None:
+            return
+
+        ledger, settler = self._opened
+        for stop in list(self._streams.values()):
+            stop()
+        if not settler.close(self.settings.settle_patience):
+            _log.warning("not everything could be written to %s; the spool keeps it for the next start", ledger.name)
+        if self._owner is not None:
+            from .ledger.leases import heartbeat
+
+            heartbeat.forget(self._owner)
+        self._opened = self._owner = None
+        if self._given is None:
+            ledger.close()
+
+    async def aclose(self) -> None:
+        """`close`, without blocking the loop."""
+        await asyncio.to_thread(self.close)
+
+    def _settle_queue(self) -> None:
+        opened = self._opened
+        if opened is not None and not opened[1].flush(self.settings.settle_patience):
+            _log.warning("what is read now may lack calls that have just ended")
+
+    def _run(self, step: Step) -> object:
+        return self.ledger.run(step)
+
+    async def _arun(self, step: Step) -> object:
+        if self._opened is None or self._owner is None:
+            await asyncio.to_thread(self._open)
+        return await self._settler.run(step)
+
+
+class _Patience:
+    """How long a call that would fit once others have ended waits for that: `wait_for_credits`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds if seconds else None
+        self._pause = 0.01
+
+    def pause(self, error: InsufficientCreditsError) -> float | None:
+        if self._deadline is None or not error.is_transient:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            return None
+        self._pause = min(self._pause * 2, 0.25)
+        return min(self._pause, left)
+
+
+def _undo(step: Place) -> End:
+    from .core.steps import Release
+    from .settling import End
+
+    return End(Release(step.hold_id, step.customer, step.meter, "cancelled", "no"))
+
+
+def _grant_step(customer: str, meter: str, amount: int, id: str, expires_at: datetime | None) -> Step:
+    from .core.steps import AddGrant
+
+    return AddGrant(customer, meter, amount, id, expires_at)
+
+
+def _revoke_step(customer: str, meter: str, id: str) -> Step:
+    from .core.steps import Revoke
+
+    return Revoke(customer, meter, id)
+
+
+def _unlimited_step(customer: str, meter: str, is_unlimited: bool) -> Step:
+    from .core.steps import SetUnlimited
+
+    return SetUnlimited(customer, meter, is_unlimited)
+
+
+def _record_step(
+    customer: str,
+    meter: str,
+    transaction_id: str,
+    amount: int,
+    properties: Mapping[str, Any] | None,
+    price_slug: str | None,
+) -> Step:
+    from .core.steps import Record
+
+    return Record(customer, meter, transaction_id, amount, None, properties, price_slug)
+
+
+async def _in_thread(start: Callable[[], Iterator[_T]]) -> AsyncIterator[_T]:
+    rows = await asyncio.to_thread(start)
+    while page := await asyncio.to_thread(lambda: list(islice(rows, 500))):
+        for row in page:
+            yield row
+
+
+def _beat(billing: weakref.ref[Billing], step: Renew) -> None:
+    alive = billing()
+    if alive is None:
+        from .ledger.leases import heartbeat
+
+        heartbeat.forget(step.owner)
+    elif alive._opened is not None:
+        alive._opened[0].run(step)
+
+
+def _sweep(billing: weakref.ref[Billing]) -> None:
+    alive = billing()
+    if alive is not None and alive._opened is not None:
+        ledger, settler = alive._opened
+        if settler.adopt():
+            settler.start_retrying()
+        found = ledger.recover()
+        if found.resolved:
+            _log.warning(
+                "%d holds of processes that died were resolved: %d released (in doubt: %d), %d charged",
+                found.resolved,
+                found.released,
+                found.in_doubt,
+                found.charged,
+            )
+
+
+_alive: weakref.WeakSet[Billing] = weakref.WeakSet()
+_shared: dict[str, Billing] = {}
+_shared_lock = threading.Lock()
+
+
+def shared(url: str) -> Billing:
+    """The `Billing` with default policies that clients given the same URL share. Closed when the program ends."""
+    if url == "memory://":
+        return Billing(url)
+    with _shared_lock:
+        billing = _shared.get(url)
+        if billing is None or billing._is_closed:
+            billing = _shared[url] = Billing(url)
+        return billing
+
+
+def _after_fork() -> None:
+    global _shared_lock  # noqa: PLW0603  the parent's lock may be taken for ever
+    _shared_lock = threading.Lock()
+    for billing in list(_alive):
+        billing._after_fork()
+
+
+def _at_exit() -> None:
+    for billing in list(_alive):
+        billing.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,84 @@
+"""The policies of a `Billing`, checked where they are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigurationError
+from .records import MAX_AMOUNT
+
+__all__ = ["PolicyOptions", "Settings", "settings"]
+
+Seconds = Annotated[float, Field(ge=0, le=30 * 86400, allow_inf_nan=False)]
+
+
+class PolicyOptions(TypedDict, total=False):
+    """The keywords of `connect` and `Billing`; DESIGN's table in the README says what each does."""
+
+    on_unknown: Literal["release", "charge"]
+    on_failure: Literal["release", "observed"]
+    on_abort: Literal["observed", "hold", "drain"]
+    on_repeat: Literal["refuse", "free"]
+    on_settle_failure: Literal["return", "raise"]
+    lease: float
+    heartbeat: float
+    max_call: float
+    hold_patience: float
+    settle_patience: float
+    max_holds: int
+    durability: Literal["full", "relaxed"]
+    auto_migrate: bool
+    spool: str | Path | None
+    default_max_output_tokens: int
+    wait_for_credits: float
+    upgrade_url: str | None
+
+
+class Settings(BaseModel):
+    """Seconds are floats, counts are ints; nothing is coerced from text."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    on_unknown: Literal["release", "charge"] = "release"
+    on_failure: Literal["release", "observed"] = "release"
+    on_abort: Literal["observed", "hold", "drain"] = "observed"
+    on_repeat: Literal["refuse", "free"] = "refuse"
+    on_settle_failure: Literal["return", "raise"] = "return"
+    lease: Seconds = 120.0
+    heartbeat: Seconds = 30.0
+    max_call: Seconds = 7200.0
+    hold_patience: Seconds = 5.0
+    settle_patience: Seconds = 30.0
+    max_holds: Annotated[int, Field(ge=1, le=MAX_AMOUNT)] = 1000
+    durability: Literal["full", "relaxed"] = "full"
+    auto_migrate: bool = True
+    spool: str | Path | None = None
+    default_max_output_tokens: Annotated[int, Field(ge=1, le=MAX_AMOUNT)] = 4096
+    wait_for_credits: Seconds = 0.0
+    upgrade_url: str | None = None
+
+    @model_validator(mode="after")
+    def _lease_outlasts_beats(self) -> Settings:
+        if self.heartbeat <= 0 or self.lease < 3 * self.heartbeat:
+            raise ValueError(
+                f"lease={self.lease!r} must be at least three heartbeats (heartbeat={self.heartbeat!r}), "
+                "so that one late beat does not free a living call's hold"
+            )
+        return self
+
+
+def settings(given: dict[str, Any]) -> Settings:
+    """Check keywords. TypeError for a misspelled one, ConfigurationError naming a value that cannot be."""
+    for name in given:
+        if name not in Settings.model_fields:
+            raise TypeError(f"unknown keyword {name!r}; known are {', '.join(Settings.model_fields)}")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        what = f"{field}={given.get(field)!r}: " if field else ""
+        raise ConfigurationError(f"{what}{first['msg']}") from error
