@@ -5,36 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import openai
 import pytest
 
 from metered_ai.testing.llama import LlamaServer
-
-HI = [{"role": "user", "content": "Tell me about water in winter."}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "nice": {"type": "boolean"}},
-    "required": ["name", "age", "nice"],
-}
-
-
-@contextmanager
-def counted(server):
-    """What the server counts while the block runs: prompt tokens and predicted tokens."""
-    count = []
-    before = server.metrics()
-    yield count
-    after = server.metrics()
-    count.extend(after[name] - before[name] for name in ("prompt_tokens_total", "tokens_predicted_total"))
+from tests.integration.truth import HI, PERSON, WEATHER, counted
 
 
 def chat(client, **options):

@@ -251,6 +251,8 @@ def main() -> None:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
+        # Without a name of its own it would answer with the path of the file.
+        params.model_alias = {"words"}
         params.hostnames = ["127.0.0.1"]
         params.port = options.port
         params.n_parallel = options.parallel

@@ -1,0 +1,42 @@
+"""
+The pytest plugin that comes with metered_ai: the `metered` fixture, with which an application proves its own billing.
+
+```python
+def test_a_summary_costs_one_credit(metered):
+    metered.grant("ada", 5)
+    summarize(metered.client(), customer="ada")
+
+    assert [1] == [event.amount for event in metered.events("ada")]
+```
+
+pytest loads it in every run of every project, also where nothing is metered. It lies outside the package because importing that
+imports the SDK, and because coverage counts only what is imported after it has started. `-p no:metered_ai` leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from metered_ai.testing.plugin import Metered
+
+__all__ = ["metered"]
+
+
+@pytest.fixture
+def metered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metered]:
+    """
+    An empty ledger in memory and a scripted provider: a `metered_ai.testing.plugin.Metered`.
+
+    OPENAI_BASE_URL and OPENAI_API_KEY point to the provider, so clients that the application builds reach it too; give them
+    `billing=metered.billing`.
+    """
+    from metered_ai.testing.plugin import start
+
+    with start() as metered:
+        monkeypatch.setenv("OPENAI_BASE_URL", metered.provider.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", "test")
+        yield metered
