@@ -48,7 +48,9 @@ def test_amount_minimum():
         check_amount(0, "amount", 1)
 
 
-@pytest.mark.parametrize("value", ["a", "ada lovelace", "é", "e\u0301", "日本", "a\tb", "x" * 256, "😀" * 256, "a\u200b", "-", "'"])
+@pytest.mark.parametrize(
+    "value", ["a", "ada lovelace", "é", "e\u0301", "日本", "a\tb", "x" * 256, "😀" * 256, "a\u200b", "-", "'"]
+)
 def test_name(value):
     """A name is kept as it is, composed or decomposed."""
     assert value == check_name(value, "customer")

@@ -187,7 +187,12 @@ def test_revoke_expired():
 
 def test_next_expiry():
     """The next expiry is that of the soonest grant with something left that has not been applied."""
-    grants = [GrantFunds(1, 10, 100, is_over=True), GrantFunds(2, 10, 200, spent=10), GrantFunds(3, 5, 300), GrantFunds(4, 5)]
+    grants = [
+        GrantFunds(1, 10, 100, is_over=True),
+        GrantFunds(2, 10, 200, spent=10),
+        GrantFunds(3, 5, 300),
+        GrantFunds(4, 5),
+    ]
 
     assert 300 == next_expiry(grants)
     assert next_expiry(grants[:2]) is None
@@ -237,7 +242,7 @@ def test_any_history(given_grants, acts):
             case "h" if funds.free >= amount:
                 holds.append(OldHold(now, amount))
                 funds.held += amount
-            case ("s" | "e") if index < len(holds):
+            case "s" | "e" if index < len(holds):
                 hold = holds.pop(index)
                 funds.held -= hold.amount
                 spent = 0 if act == "e" else amount

@@ -87,7 +87,9 @@ def test_waiting_together(ledger: Counted) -> None:
         thread.join(10)
 
     assert 2 == len(ledger.commits)
-    assert [f"r{number}" for number in range(1, 50)] == [event.transaction_id for event in events if isinstance(event, UsageEvent)]
+    assert [f"r{number}" for number in range(1, 50)] == [
+        event.transaction_id for event in events if isinstance(event, UsageEvent)
+    ]
     assert 60 == ledger.balance("ada", "calls").used
 
 
@@ -112,7 +114,9 @@ def test_tasks(tmp_path: Path) -> None:
         took = time.perf_counter() - began
 
         steps = 2 * 8 * 64
-        print(f"{steps / len(ledger.commits):.0f} transactions for each commit, {steps / 2 / took:.0f} holds and settles a second")
+        print(
+            f"{steps / len(ledger.commits):.0f} transactions for each commit, {steps / 2 / took:.0f} holds and settles a second"
+        )
         assert steps / len(ledger.commits) >= 10
         assert 512 == sum(event.amount for event in ledger.usage_events())
         assert ledger.verify().is_sound
@@ -124,13 +128,25 @@ def test_bad_neighbour(ledger: Counted) -> None:
     holds = [Place(f"h{number}", "ada", "calls", 2, "p1") for number in range(9)]
     ledger.submit_all(holds).result(10)
     settles = [
-        Settle(f"h{number}", "ada", "calls", 1, f"gen_{number}", "reported", request_id="bad" if number % 4 == 2 else "good")
+        Settle(
+            f"h{number}",
+            "ada",
+            "calls",
+            1,
+            f"gen_{number}",
+            "reported",
+            request_id="bad" if number % 4 == 2 else "good",
+        )
         for number in range(9)
     ]
 
     outcomes = ledger.submit_all([*settles, record(1), Place("x", "bob", "calls", 1, "p1")]).result(10)
     kinds = [type(outcome) for outcome in outcomes]
-    assert [Settled, Settled, LedgerCorruptError, Settled] * 2 + [Settled, UsageEvent, InsufficientCreditsError] == kinds
+    assert [Settled, Settled, LedgerCorruptError, Settled] * 2 + [
+        Settled,
+        UsageEvent,
+        InsufficientCreditsError,
+    ] == kinds
     assert {"settled"} == {outcome.outcome for outcome in outcomes if isinstance(outcome, Settled)}
     assert (8, 4) == (ledger.balance("ada", "calls").used, ledger.balance("ada", "calls").held)
     with pytest.raises(LedgerCorruptError, match="no"):
@@ -211,7 +227,9 @@ def test_step_in_callback(ledger: Counted) -> None:
         results.append(ledger.submit_all([record(3), record(4)]))
         done.set()
 
-    noise = [threading.Thread(target=lambda: [ledger.run(record(number)) for number in range(100, 140)]) for _ in range(4)]
+    noise = [
+        threading.Thread(target=lambda: [ledger.run(record(number)) for number in range(100, 140)]) for _ in range(4)
+    ]
     for thread in noise:
         thread.start()
     ledger.submit(record(1)).add_done_callback(follow)

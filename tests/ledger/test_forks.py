@@ -188,7 +188,11 @@ def test_memory() -> None:
     with closing(MemoryLedger()) as ledger:
         ledger.run(AddGrant("ada", "calls", 10, "g1"))
 
-        for act in (lambda: use(ledger, "child"), lambda: ledger.balance("ada", "calls"), lambda: list(ledger.grants())):
+        for act in (
+            lambda: use(ledger, "child"),
+            lambda: ledger.balance("ada", "calls"),
+            lambda: list(ledger.grants()),
+        ):
             assert in_child(act)().startswith("ConfigurationError: a memory ledger ends at a fork")
         assert "ok" == in_child(ledger.close)()
         use(ledger, "parent")

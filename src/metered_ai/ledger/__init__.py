@@ -81,7 +81,9 @@ class Ledger(Protocol):
         """Usage added up by any of customer, day (UTC), meter and model."""
         ...
 
-    def holds(self, customer: str | None = None, meter: str | None = None, *, state: str | None = None) -> Iterator[Hold]:
+    def holds(
+        self, customer: str | None = None, meter: str | None = None, *, state: str | None = None
+    ) -> Iterator[Hold]:
         """Open holds, and those that ended without being settled; `state` chooses one kind."""
         ...
 

@@ -176,10 +176,11 @@ class Accounts:
         """End an open hold that costs nothing. Its operation's number becomes free again, unless it ended as a repeat."""
         self._use_hold(account, hold, 0)
         self._end_row(account.no, hold, state, now, reason=reason, sent=sent, event_id=event_id)
-        if reason != "repeat" and hold.operation is not None and hold.scope is not None and hold.number is not None:
-            key = (account.no, hold.operation, hold.scope)
-            self._execute(SQL["number_removed"], (*key, 0, hold.number))
-            self._execute(SQL["number_added"], (*key, 1, hold.number))
+        if hold.operation is not None and hold.scope is not None and hold.number is not None:
+            if reason == "repeat":
+                self._take_number(account, hold.operation, hold.scope, hold.number, is_kept=True)
+            else:
+                self._free_number(account, hold.operation, hold.scope, hold.number)
         if saves:
             self._save(account)
 
@@ -220,15 +221,20 @@ class Accounts:
             narrow = self._narrow[shape] = narrowed(SQL[statement], absent)
         self._execute(narrow, [*always, *[value for value in perhaps if value is not None]])
 
-    def _take_number(self, account: Account, operation: str, scope: str, number: int) -> None:
+    def _take_number(self, account: Account, operation: str, scope: str, number: int, *, is_kept: bool = False) -> None:
         key = (account.no, operation, scope)
         self._execute(SQL["number_removed"], (*key, 1, number))
-        self._execute(SQL["number_added"], (*key, 0, number))
+        self._execute(SQL["number_added"], (*key, 0, number, int(is_kept)))
+
+    def _free_number(self, account: Account, operation: str, scope: str, number: int) -> None:
+        key = (account.no, operation, scope)
+        if self._execute(SQL["number_removed"], (*key, 0, number)).rowcount:
+            self._execute(SQL["number_added"], (*key, 1, number, 0))
 
     def _retake_number(self, account: Account, ended: EndedHold) -> None:
         """A hold that had ended has come to something after all: its scope has used the number."""
         if ended.operation is not None and ended.scope is not None and ended.number is not None:
-            self._take_number(account, ended.operation, ended.scope, ended.number)
+            self._take_number(account, ended.operation, ended.scope, ended.number, is_kept=True)
 
     def _open_hold(self, account: Account, hold_id: str) -> OpenHold | None:
         rows = self._execute(SQL["open_hold"], (account.no, hold_id)).fetchall()

@@ -114,6 +114,7 @@ class Book(Accounts):
             return self._place_slowly(step, now)
 
         account_no, is_unlimited = rows[0]
+        properties = packed(step.properties)
         owner_no, lease_until = self._lease(step.owner, int(step.lease * _SECOND), now)
         ends_at = now + int(step.max_call * _SECOND)
         reserve = SQL["reserved_unlimited"] if is_unlimited else SQL["reserved"]
@@ -132,7 +133,7 @@ class Book(Accounts):
                 step.endpoint,
                 step.model,
                 step.price_slug,
-                packed(step.properties),
+                properties,
             ),
         )
         return Hold(
@@ -161,6 +162,7 @@ class Book(Accounts):
 
         account, number = self._admit(step, account, now)
 
+        properties = packed(step.properties)
         if account is None:
             account = self._new_account(step.customer, step.meter)
         owner_no, lease_until = self._lease(step.owner, int(step.lease * _SECOND), now)
@@ -182,7 +184,7 @@ class Book(Accounts):
             endpoint=step.endpoint,
             model=step.model,
             price_slug=step.price_slug,
-            properties=packed(step.properties),
+            properties=properties,
             lease_until=lease_until,
         )
         self._insert("new_open_hold", (account.no, *hold[:7]), hold[7:17])

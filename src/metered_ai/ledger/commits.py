@@ -9,6 +9,7 @@ who waits for its own result.
 from __future__ import annotations
 
 import _thread
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from queue import SimpleQueue
 from typing import Any
 
 __all__ = ["Commits", "Job"]
+
+_log = logging.getLogger("metered_ai.ledger")
 
 AT_ONCE = 256
 """Steps in one transaction at most."""
@@ -72,18 +75,18 @@ class _Handed(Job):
 class _Several:
     """Steps that were handed over together, with one future for all."""
 
-    __slots__ = ("future", "left", "outcomes")
+    __slots__ = ("future", "others", "outcomes")
 
     def __init__(self, count: int) -> None:
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()
         self.outcomes: list[Any] = [None] * count
-        self.left = count
+        # Counted by single operations, because two threads may note at once.
+        self.others = iter(range(count - 1))
 
     def note(self, index: int, outcome: Any) -> None:
         self.outcomes[index] = outcome
-        self.left -= 1
-        if not self.left:
+        if next(self.others, None) is None:
             self.future.set_result(self.outcomes)
 
 
@@ -120,7 +123,6 @@ class Commits:
         # The turn is taken by `setdefault` and given back by `pop`: single operations that no signal handler can split.
         self._turn: dict[int, object] = {}
         self._wakeup: SimpleQueue[bool] = SimpleQueue()
-        self._is_woken = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -135,8 +137,7 @@ class Commits:
             try:
                 self._leave(job)
             finally:
-                if self._turn.get(0) is job:
-                    self._leave(job)
+                self._leave(job)
         if not job.is_done:
             job.lock = _thread.allocate_lock()
             job.lock.acquire()
@@ -197,36 +198,50 @@ class Commits:
 
     def _wake(self) -> None:
         # Whoever has the turn looks at the queue when it leaves, so that a step appended before this look is never forgotten.
-        if not self._queue or self._turn or self._is_woken:
+        if not self._queue or self._turn:
             return
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
                     thread = threading.Thread(target=self._serve, name=f"{self._name} writer", daemon=True)
-                    thread.start()
+                    try:
+                        thread.start()
+                    except RuntimeError:
+                        # The interpreter shuts down, or the system has no thread left: better late here than never.
+                        self._do_all()
+                        return
                     self._thread = thread
-        self._is_woken = True
-        self._wakeup.put(True)
+        # One token wakes it, however many have come; no flag, because an interrupt could leave that in the wrong state.
+        if self._wakeup.empty():
+            self._wakeup.put(True)
 
     def _serve(self, until: Job | None = None) -> None:
         """Do what is queued whenever somebody wakes this thread; with `until`, return as soon as that job is done."""
-        holder = object()
-        wait = _FIRST_WAIT
         while until is None or not until.is_done:
             if not self._wakeup.get():
+                # For the next one: an interrupt at the start of this thread may have led to a second.
+                self._wakeup.put(False)
                 return
-            self._is_woken = False
-            while self._queue and self._turn.setdefault(0, holder) is holder:
+            self._do_all()
+
+    def _do_all(self) -> None:
+        """Do what is queued, unless somebody else has the turn, who wakes us when it leaves."""
+        holder = object()
+        wait = _FIRST_WAIT
+        while self._queue and self._turn.setdefault(0, holder) is holder:
+            try:
+                done, is_locked = self._do_queued()
+            finally:
+                self._turn.pop(0)
+            # After the turn has been given back: a callback may come with a step of its own.
+            for job in done:
                 try:
-                    done, is_locked = self._do_queued()
-                finally:
-                    self._turn.pop(0)
-                # After the turn has been given back: a callback may come with a step of its own.
-                for job in done:
                     job.finish()
-                if is_locked:
-                    time.sleep(wait)
-                wait = min(wait * 1.5, _LONGEST_WAIT) if is_locked else _FIRST_WAIT
+                except BaseException:  # noqa: BLE001  A callback's, and the others are waiting.
+                    _log.exception("a callback of a step failed")
+            if is_locked:
+                time.sleep(wait)
+            wait = min(wait * 1.5, _LONGEST_WAIT) if is_locked else _FIRST_WAIT
 
     def _do_queued(self) -> tuple[list[Job], bool]:
         """Do what is queued in one transaction; return what is done or has waited too long, and whether the ledger was locked."""
@@ -234,7 +249,12 @@ class Commits:
         while self._queue and len(batch) < AT_ONCE:
             batch.append(self._queue.popleft())
         steps = [job for job in batch if job.step is not None]
-        left = self._work(steps) if steps else steps
+        try:
+            left = self._work(steps) if steps else steps
+        except Exception as error:  # noqa: BLE001  Whatever it is, nobody may wait for ever.
+            left = []
+            for job in steps:
+                job.error = job.error or error
         if not left:
             return batch, False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import cast
 
-from ..errors import BillingUnavailableError, ConfigurationError
+from ..errors import ConfigurationError
 from . import files
 from .reading import Fetch
 from .sqlite import SqliteLedger
@@ -46,8 +47,7 @@ class MemoryLedger(SqliteLedger):
             )
 
     def _ready(self) -> None:
-        if self._is_shut:
-            raise BillingUnavailableError("the memory ledger is closed")
+        self._check_shut()
         if self._writer.connection is None:
             self._open()
 
@@ -66,9 +66,7 @@ class MemoryLedger(SqliteLedger):
 
     def _reading_connection(self, slot: Slot) -> sqlite3.Connection:
         self._ready()
-        if slot.connection is None:
-            raise BillingUnavailableError("the memory ledger is closed")
-        return slot.connection
+        return cast("sqlite3.Connection", slot.connection)
 
     @contextmanager
     def _snapshot(self) -> Generator[Fetch]:

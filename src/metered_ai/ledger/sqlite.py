@@ -178,11 +178,12 @@ class SqliteLedger(Reading):
             self._checkpoints.stop()
             with self._writer.lock:
                 self._is_shut = True
-                self._last_checkpoint()
-                self._close_slot(self._writer)
             for slot in self._readers:
                 with slot.lock:
                     self._close_slot(slot)
+            with self._writer.lock:
+                self._last_checkpoint()
+                self._close_slot(self._writer)
 
     # One transaction
 
@@ -314,12 +315,15 @@ class SqliteLedger(Reading):
 
     def _ready(self) -> None:
         """Have the file open for writing, and be sure that it is the one of before. The writer's lock is held."""
-        if self._is_shut:
-            raise BillingUnavailableError(f"the ledger {self.path!r} is closed")
+        self._check_shut()
         if self._writer.connection is None:
             self._open()
         else:
             self._check_file()
+
+    def _check_shut(self) -> None:
+        if self._is_shut:
+            raise BillingUnavailableError(f"the ledger {self.path!r} is closed")
 
     def _check_file(self) -> None:
         """Be sure that the file is there, and now and then that it is the same one (which costs more to ask)."""
@@ -413,11 +417,16 @@ class SqliteLedger(Reading):
         return self._readers[threading.get_ident() // 64 % len(self._readers)]
 
     def _reading_connection(self, slot: Slot) -> sqlite3.Connection:
+        self._check_shut()
         self._check_file()
-        if slot.connection is None:
-            slot.connection = files.connect(self.path, patience=self._hold_patience)
-            slot.connection.execute("PRAGMA query_only = ON").fetchall()
-        return slot.connection
+        connection = slot.connection
+        if connection is None:
+            connection = slot.connection = files.connect(self.path, patience=self._hold_patience)
+            connection.execute("PRAGMA query_only = ON").fetchall()
+        if connection.in_transaction:
+            # A KeyboardInterrupt fell between a BEGIN and its handler; what it saw may be long ago.
+            connection.execute("ROLLBACK")
+        return connection
 
     # Forks
 

@@ -160,10 +160,12 @@ SELECT min(number) FROM operation_number WHERE account_no = ?1 AND operation = ?
 SELECT max(number) FROM operation_number WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = 0
 
 -- name: number_removed
-DELETE FROM operation_number WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = ?4 AND number = ?5
+DELETE FROM operation_number
+WHERE account_no = ?1 AND operation = ?2 AND scope = ?3 AND is_free = ?4 AND number = ?5 AND NOT is_kept
 
 -- name: number_added
-INSERT INTO operation_number (account_no, operation, scope, is_free, number) VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING
+INSERT INTO operation_number (account_no, operation, scope, is_free, number, is_kept) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+ON CONFLICT DO UPDATE SET is_kept = max(is_kept, excluded.is_kept)
 
 -- name: new_event
 INSERT INTO usage_event (

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from .files import WAL_KEPT, connect, settle_down
 
@@ -18,8 +18,7 @@ _log = logging.getLogger("metered_ai.ledger")
 # macOS has no fdatasync.
 _sync_data = getattr(os, "fdatasync", os.fsync)
 
-_SYNC_EVERY = 0.016
-_IDLE_ROUNDS = 100
+_SYNC_AFTER = 0.016
 
 
 class Slot:
@@ -37,37 +36,64 @@ class Slot:
             connection.close()
 
 
-class Checkpoints:
-    """Moves what was committed from the write-ahead log into the file whenever `wake` is called, and keeps the log short."""
+class _Upkeep:
+    """A thread that works once after each `wake`, however often it is woken meanwhile."""
 
-    def __init__(self, path: str, slot: Slot, may_open: Callable[[], bool]) -> None:
-        self._path = path
-        self._slot = slot
-        self._may_open = may_open
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._wakeup: SimpleQueue[bool] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._is_over = threading.Event()
 
     def wake(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="metered_ai checkpoints", daemon=True)
-            self._thread.start()
-        self._wakeup.put(True)
+            thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # The interpreter shuts down, or the system has no thread left: what was committed must not fail for that.
+                self._work()
+                return
+            self._thread = thread
+        # No flag says that it is awake, because an interrupt could leave that in the wrong state.
+        if self._wakeup.empty():
+            self._wakeup.put(True)
 
     def stop(self) -> None:
+        """Let it finish what it was woken for."""
         thread, self._thread = self._thread, None
+        self._is_over.set()
         if thread is not None:
             self._wakeup.put(False)
             thread.join()
 
     def _serve(self) -> None:
         while self._wakeup.get():
-            try:
-                with self._slot.lock:
-                    if self._may_open():
-                        self._checkpoint()
-            except (sqlite3.Error, OSError) as error:
-                # Nothing is lost: what was committed stays in the log, and the next checkpoint tries again.
-                _log.warning("the ledger %r was not checkpointed: %s", self._path, error)
+            self._work()
+        # For the next one: an interrupt at the start of this thread may have led to a second.
+        self._wakeup.put(False)
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+
+class Checkpoints(_Upkeep):
+    """Moves what was committed from the write-ahead log into the file whenever it is woken, and keeps the log short."""
+
+    def __init__(self, path: str, slot: Slot, may_open: Callable[[], bool]) -> None:
+        super().__init__("metered_ai checkpoints")
+        self._path = path
+        self._slot = slot
+        self._may_open = may_open
+
+    def _work(self) -> None:
+        try:
+            with self._slot.lock:
+                if self._may_open():
+                    self._checkpoint()
+        except (sqlite3.Error, OSError) as error:
+            # Nothing is lost: what was committed stays in the log, and the next checkpoint tries again.
+            _log.warning("the ledger %r was not checkpointed: %s", self._path, error)
 
     def _checkpoint(self) -> None:
         self._slot.connection = connect(self._path, patience=1.0)
@@ -82,65 +108,25 @@ class Checkpoints:
             self._slot.close()
 
 
-class Syncs:
-    """Makes commits durable within 20 ms after `wake`, for durability "relaxed". Runs only while there is something to sync."""
+class Syncs(_Upkeep):
+    """Makes commits durable within 20 ms after it is woken, for durability "relaxed"."""
 
     def __init__(self, path: str) -> None:
+        super().__init__("metered_ai syncs")
         self._path = path
-        self._wakeup: SimpleQueue[bool] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._is_dirty = False
-        self._is_awake = False
 
-    def wake(self) -> None:
-        self._is_dirty = True
-        if self._is_awake:
-            return
-        self._is_awake = True
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="metered_ai syncs", daemon=True)
-            self._thread.start()
-        self._wakeup.put(True)
-
-    def stop(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._wakeup.put(False)
-            thread.join()
-
-    def _serve(self) -> None:
-        while self._wakeup.get():
-            idle = 0
-            while idle < _IDLE_ROUNDS:
-                try:
-                    if not self._wakeup.get(timeout=_SYNC_EVERY):
-                        self._sync()
-                        return
-                except Empty:
-                    idle = 0 if self._sync() else idle + 1
-            self._is_awake = False
-            # A commit may have seen this thread awake a moment ago.
-            self._sync()
-
-    def _sync(self) -> bool:
-        if not self._is_dirty:
-            return False
-        self._is_dirty = False
+    def _work(self) -> None:
+        # More commits may come; one sync serves them all.
+        self._is_over.wait(_SYNC_AFTER)
         try:
             # The log has no locks of its own, so that a second descriptor of it is harmless; of the file itself it would not be.
             descriptor = os.open(f"{self._path}-wal", os.O_RDWR)
+            try:
+                _sync_data(descriptor)
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             # Checkpointed and removed: everything is in the file, and synced.
-            return True
+            return
         except OSError as error:
-            self._is_dirty = True
             _log.error("the ledger %r was not synced: %s", self._path, error)
-            return True
-        try:
-            _sync_data(descriptor)
-        except OSError as error:
-            self._is_dirty = True
-            _log.error("the ledger %r was not synced: %s", self._path, error)
-        finally:
-            os.close(descriptor)
-        return True

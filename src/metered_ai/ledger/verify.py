@@ -23,8 +23,7 @@ def verify(snapshot: Callable[[], AbstractContextManager[Fetch]]) -> Verificatio
     with snapshot() as fetch:
         broken = [f"the file is damaged: {text}" for (text,) in fetch(_SQL["file"], ()) if text != "ok"]
         broken += [
-            f"a row of {table} names an account that does not exist"
-            for table, *_ in fetch(_SQL["references"], ())
+            f"a row of {table} names an account that does not exist" for table, *_ in fetch(_SQL["references"], ())
         ]
     totals = [0] * 7
     key = 0

@@ -87,12 +87,14 @@ CREATE TABLE ended_hold (
 CREATE INDEX tombstone ON ended_hold (ended_at) WHERE state = 'tombstone';
 
 -- Which numbers of an operation a scope has used (is_free 0), and which it gave back (1): T, T.2, T.3 …
+-- One that is kept came to something although its hold had ended: no other hold that had it gives it back.
 CREATE TABLE operation_number (
     account_no INTEGER NOT NULL REFERENCES account (no),
     operation TEXT NOT NULL,
     scope TEXT NOT NULL,
     is_free INTEGER NOT NULL CHECK (is_free IN (0, 1)),
     number INTEGER NOT NULL CHECK (number >= 1),
+    is_kept INTEGER NOT NULL CHECK (is_kept IN (0, 1)),
     PRIMARY KEY (account_no, operation, scope, is_free, number)
 ) WITHOUT ROWID;
 
