@@ -454,10 +454,16 @@ class Billing:
         meter: str | None = None,
         *,
         state: Literal["open", "released", "expired", "charged"] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
     ) -> Iterator[Hold]:
-        """Holds of calls in flight, and those that ended without an answer being settled; `state` picks one kind."""
+        """
+        Holds of calls in flight, and those that ended without an answer being settled; `state` picks one kind.
+
+        Placed from `since`, before `until` (both with a time zone).
+        """
         self._settle_queue()
-        return self.ledger.holds(customer, meter, state=state)
+        return _between(self.ledger.holds(customer, meter, state=state), "placed_at", since, until)
 
     def aholds(
         self,
@@ -465,17 +471,33 @@ class Billing:
         meter: str | None = None,
         *,
         state: Literal["open", "released", "expired", "charged"] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
     ) -> AsyncIterator[Hold]:
         """`holds`, read in a thread."""
-        return _in_thread(lambda: self.holds(customer, meter, state=state))
+        return _in_thread(lambda: self.holds(customer, meter, state=state, since=since, until=until))
 
-    def grants(self, customer: str | None = None, meter: str | None = None) -> Iterator[Grant]:
-        """Grants, oldest first within each customer and meter."""
-        return self.ledger.grants(customer, meter)
+    def grants(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Iterator[Grant]:
+        """Grants, oldest first within each customer and meter; given from `since`, before `until` (both with a time zone)."""
+        return _between(self.ledger.grants(customer, meter), "created_at", since, until)
 
-    def agrants(self, customer: str | None = None, meter: str | None = None) -> AsyncIterator[Grant]:
+    def agrants(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> AsyncIterator[Grant]:
         """`grants`, read in a thread."""
-        return _in_thread(lambda: self.grants(customer, meter))
+        return _in_thread(lambda: self.grants(customer, meter, since=since, until=until))
 
     def recover(self) -> Recovery:
         """
@@ -524,6 +546,10 @@ class Billing:
         """Wait until every call that has ended in this process is in the ledger. False when `timeout` seconds were not enough."""
         opened = self._opened
         return opened is None or opened[1].flush(timeout)
+
+    async def aflush(self, timeout: float = 30.0) -> bool:  # noqa: ASYNC109  as `flush`
+        """`flush`, without blocking the loop."""
+        return await asyncio.to_thread(self.flush, timeout)
 
     def close(self) -> None:
         """
@@ -622,6 +648,19 @@ def _record_step(
     from .core.steps import Record
 
     return Record(customer, meter, transaction_id, amount, None, properties, price_slug)
+
+
+def _between(rows: Iterator[_T], time: str, since: datetime | None, until: datetime | None) -> Iterator[_T]:
+    for bound in (since, until):
+        if bound is not None and bound.tzinfo is None:
+            raise ValueError(f"since and until need a time zone, unlike {bound!r}")
+    if since is None and until is None:
+        return rows
+    return (
+        row
+        for row in rows
+        if (since is None or getattr(row, time) >= since) and (until is None or getattr(row, time) < until)
+    )
 
 
 async def _in_thread(start: Callable[[], Iterator[_T]]) -> AsyncIterator[_T]:

@@ -11,7 +11,7 @@ from .core.checks import check_amount, check_name
 from .core.steps import Enlarge, Place, Release, Settle, Settled
 from .errors import ConfigurationError, UsageNotRecordedError
 from .ledger.leases import new_hold_id
-from .settling import End
+from .settling import End, unrecorded
 
 if TYPE_CHECKING:
     from typing import Self
@@ -221,7 +221,8 @@ class Charge:
         if failed is not None and self._billing.settings.on_settle_failure == "raise":
             step = cast("Settle", end.step)
             raise UsageNotRecordedError(
-                f"charge {step.transaction_id!r} of customer {self.customer!r} is not recorded yet and will be tried again: {failed}"
+                f"charge {step.transaction_id!r} of customer {self.customer!r} is not recorded yet and will be tried again: {failed}",
+                event=unrecorded(end),
             ) from failed
         return self.event
 

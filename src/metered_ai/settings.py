@@ -16,7 +16,7 @@ Seconds = Annotated[float, Field(ge=0, le=30 * 86400, allow_inf_nan=False)]
 
 
 class PolicyOptions(TypedDict, total=False):
-    """The keywords of `connect` and `Billing`; DESIGN's table in the README says what each does."""
+    """The keywords of `connect` and `Billing`; the README's table says what each does."""
 
     on_unknown: Literal["release", "charge"]
     on_failure: Literal["release", "observed"]

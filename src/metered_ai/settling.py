@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from .core.steps import Release, Settle, Settled, Step, StepResult
 from .errors import BillingUnavailableError, MeteringError
 from .ledger.spool import Spool
+from .records import UsageEvent
 
 if TYPE_CHECKING:
     from .ledger import Ledger, Outcomes
 
-__all__ = ["End", "Settler"]
+__all__ = ["End", "Settler", "unrecorded"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +33,30 @@ class End(NamedTuple):
 
     step: Settle | Release
     told: tuple[Callable[[Settled], None], ...] = ()
+
+
+def unrecorded(end: End) -> UsageEvent | None:
+    """The usage event as it will be written, dated now; None where the end is a release."""
+    step = end.step
+    if not isinstance(step, Settle):
+        return None
+    return UsageEvent(
+        customer=step.customer,
+        meter=step.meter,
+        transaction_id=step.transaction_id,
+        amount=step.amount,
+        created_at=datetime.now(UTC),
+        basis=step.basis,
+        kind=step.kind,
+        hold_id=step.hold_id,
+        usage=step.usage,
+        request_id=step.request_id,
+        attempts=step.attempts,
+        properties=step.properties,
+        price_slug=step.price_slug,
+        parent=step.parent,
+        is_unlimited=step.is_unlimited,
+    )
 
 
 class _Kept(NamedTuple):

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from .core.call import Ended, Plan, ending, place_step, wants_drain
 from .core.observe import BodyReader, Observation, StreamReader, read_body
-from .core.steps import Place
+from .core.steps import Place, Settle
 from .errors import UsageNotRecordedError
 from .ledger.leases import new_hold_id
-from .settling import End, Settler
+from .settling import End, Settler, unrecorded
 
 if TYPE_CHECKING:
     from .billing import Billing
     from .context import Receipt
-    from .records import Hold
+    from .records import Hold, UsageEvent
 
 __all__ = ["LiveCall"]
 
@@ -64,6 +64,7 @@ class LiveCall:
         "response",
         "settler",
         "unread",
+        "unrecorded",
     )
 
     def __init__(self, billing: Billing, plan: Plan, receipts: tuple[Receipt, ...]) -> None:
@@ -82,6 +83,7 @@ class LiveCall:
         self.reader: StreamReader | BodyReader | None = None
         self.unread: list[Any] = []
         self.failed: Exception | None = None
+        self.unrecorded: UsageEvent | None = None
         self._pid = os.getpid()
         # Popping is atomic without a lock, which a finalizer could find taken.
         self._claim = [None]
@@ -219,7 +221,8 @@ class LiveCall:
             return
         try:
             if self.claim():
-                self.failed = settler.finish(self.end(ended, content_type))
+                end = self.end(ended, content_type)
+                self._note(end, settler.finish(end))
         except BaseException:
             # Interrupted: the queue's thread, which no signal reaches, does it. What was done already it changes no more.
             settler.start()
@@ -234,12 +237,17 @@ class LiveCall:
     async def afinish(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in and wait for it. A cancellation ends the waiting only."""
         if self.settler is not None and self.claim():
-            self.failed = await self.settler.afinish(self.end(ended, content_type))
+            end = self.end(ended, content_type)
+            self._note(end, await self.settler.afinish(end))
 
     def submit(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in without waiting: for a task that is being cancelled."""
         if self.settler is not None and self.claim():
             self.settler.submit(self.end(ended, content_type))
+
+    def _note(self, end: End, failed: Exception | None) -> None:
+        if failed is not None and isinstance(end.step, Settle):
+            self.failed, self.unrecorded = failed, unrecorded(end)
 
     @property
     def is_to_raise(self) -> bool:
@@ -252,6 +260,7 @@ class LiveCall:
             raise UsageNotRecordedError(
                 f"{self.plan.door.name} was answered, but its usage is not recorded yet (it is kept and will be tried again): {self.failed}",
                 result=result,
+                event=self.unrecorded,
             ) from self.failed
 
 

@@ -168,7 +168,15 @@ def test_open_stream(how, real, provider, credits):
     for _ in range(4):
         real.take(box[0])
 
+    async def read_own():
+        return [event async for event in await client.responses.create(**RESPONSE, stream=True)]
+
     def child():
+        # A stream of its own, so that everything that could end the parent's runs here, too.
+        if real.is_async:
+            asyncio.run(read_own())
+        else:
+            list(client.responses.create(**RESPONSE, stream=True))
         if how == "billing closed":
             credits.close()
         elif how == "closed" and not real.is_async:
@@ -183,7 +191,10 @@ def test_open_stream(how, real, provider, credits):
     resume.set()
     real.read(box[0])
 
-    assert [("reported", 100)] == [(event.basis, event.amount) for event in credits.usage_events("ada")]
+    assert [("reported", 100)] * 2 == [(event.basis, event.amount) for event in credits.usage_events("ada")]
+    assert {f"gen_{issued.id}" for issued in provider.issued} == {
+        event.transaction_id for event in credits.usage_events("ada")
+    }
     assert 0 == credits.balance("ada", "generations").held
 
 

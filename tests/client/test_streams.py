@@ -43,6 +43,14 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _light_collections():
+    """What is here before these tests is left out of the many collections that they ask for."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def ledger():
     """A real ledger that can be waited for; sound when the test is over."""

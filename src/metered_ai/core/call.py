@@ -29,7 +29,7 @@ not_sent: no byte went out; unknown: no answer and no refusal.
 
 
 class Policies(NamedTuple):
-    """The policies of DESIGN that decide endings, checked where they are given."""
+    """The policies that decide endings, checked where they are given."""
 
     on_unknown: Literal["release", "charge"] = "release"
     on_failure: Literal["release", "observed"] = "release"
