@@ -18,6 +18,9 @@ settings.load_profile("suite")
 for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_OPENAI_", "METERED_AI_", "FLOWGLAD_"))]:
     if name != "METERED_AI_LONG":
         del os.environ[name]
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    # pytest-xdist gives its workers a terminal's size; what is printed into a pipe must not depend on it.
+    os.environ.pop(name, None)
 
 
 def stay_home(event: str, arguments: tuple) -> None:
