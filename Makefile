@@ -79,6 +79,7 @@ chaos: $(new)
 	METERED_AI_LONG=1 .venv/new/bin/python $(pytest) --timeout 3600
 
 docs: $(call stamp,docs)
+	.venv/docs/bin/python docs/promises.py
 	.venv/docs/bin/zensical build --clean
 
 cassettes: $(new)
