@@ -1040,3 +1040,27 @@ def test_speed():
     reader.feed(typical)
 
     assert min(repeat(lambda: reader.feed(typical), number=2000, repeat=5)) / 2000 < 20e-6
+
+
+@pytest.mark.parametrize("size", [4096, LIMIT, 4 * LIMIT])
+def test_long_event_type_last(size):
+    """An event too long to be parsed is known by a type that stands behind what makes it long."""
+    event = {"b64_json": "x" * 2 * LIMIT, "usage": FAMILY_C, "type": "image_generation.completed"}
+    content = b"event: image_generation.completed\n" + sse(event)
+    reader = StreamReader(IMAGES, ask(IMAGES, stream=True), count_text=False, hide_usage=False)
+    for start in range(0, len(content), size):
+        reader.feed(content[start : start + size])
+    seen = reader.observation()
+
+    assert (True, True, 1) == (seen.is_answer, reader.is_done, seen.images)
+    assert FAMILY_C["output_tokens"] == seen.usage.output_tokens
+
+
+def test_long_chunk():
+    """A chat chunk too long to be parsed is an answer, too."""
+    chunk = {"id": "c1", "model": "m", "choices": [{"delta": {"audio": {"data": "x" * 2 * LIMIT}}}]}
+    reader = StreamReader(CHAT, ask(CHAT, stream=True), count_text=False, hide_usage=False)
+    reader.feed(sse(chunk, "[DONE]"))
+    seen = reader.observation()
+
+    assert (True, "c1", True) == (seen.is_answer, seen.id, reader.is_done)

@@ -804,7 +804,7 @@ class StreamReader:
             return
         self._seen.has_output = True
         if self._text_matters(head, clip.tail):
-            self._take(_ends(head[5:], clip.tail))
+            self._take_ends(head[5:], clip.tail)
 
     def _text_matters(self, head: bytes, tail: bytes) -> bool:
         return bool(
@@ -875,9 +875,20 @@ class StreamReader:
 
         payload = line[start:]
         if len(payload) > LIMIT:
-            return self._take(_ends(payload[:_KEEP], payload[-_KEEP:]))
+            return self._take_ends(payload[:_KEEP], payload[-_KEEP:])
         event = _load(payload)
         return isinstance(event, dict) and self._take(cast("dict[str, Any]", event))
+
+    def _take_ends(self, head: bytes, tail: bytes) -> bool:
+        """Learn from an event too long to be parsed, whose type may stand behind what makes it long."""
+        event = _ends(head, tail)
+        if "type" not in event:
+            named = _TYPE.search(tail)
+            event["type"] = (named[0].split(b'"')[3] if named else self._event).decode("ascii", "replace")
+        is_hidden = self._take(event)
+        # Nothing but an answer is this long, whatever its ends tell of it.
+        self._seen.is_answer = self._seen.is_answer or not self._seen.error
+        return is_hidden
 
     def _take(self, event: dict[str, Any]) -> bool:
         """Learn from a parsed event; True if it is a chunk of usage and nothing else."""
