@@ -1,0 +1,1 @@
+"""The figures that the library has to reach: `python -m benchmarks`."""
