@@ -14,7 +14,7 @@ from ..core.checks import check_name
 from ..records import Balance, Grant, Hold, UsageEvent, UsageSum
 from .accounts import Account, grant_funds
 from .rows import Row, event_of, microseconds, moment
-from .statements import read_statements
+from .statements import Statement, read_statements
 
 __all__ = ["Fetch", "Reading"]
 
@@ -271,7 +271,12 @@ class Reading(ABC):
 
 
 def rows_of(connection: sqlite3.Connection) -> Fetch:
-    return lambda statement, parameters: connection.execute(statement, parameters).fetchall()
+    def fetch(statement: str, parameters: Sequence[Any]) -> list[Row]:
+        if type(statement) is Statement and statement.spread is not None:
+            parameters = statement.spread(parameters)
+        return connection.execute(statement, parameters).fetchall()
+
+    return fetch
 
 
 def _check_filters(customer: str | None, meter: str | None) -> None:

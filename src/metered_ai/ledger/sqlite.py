@@ -22,6 +22,7 @@ from .forks import FORK_PATIENCE, inherited, ledgers
 from .inputs import check
 from .reading import Fetch, Reading, rows_of
 from .reports import Recovery, Verification
+from .statements import Statement
 from .upkeep import Checkpoints, Slot, Syncs
 from .verify import verify
 
@@ -188,6 +189,8 @@ class SqliteLedger(Reading):
     # One transaction
 
     def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+        if type(statement) is Statement and statement.spread is not None:
+            parameters = statement.spread(parameters)
         return self._cursor.execute(statement, parameters)
 
     def _work(self, jobs: list[Job]) -> list[Job]:

@@ -5,15 +5,37 @@ from __future__ import annotations
 import pkgutil
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Self
 
-__all__ = ["narrowed", "read_migration", "read_statements", "split"]
+__all__ = ["Statement", "narrowed", "read_migration", "read_statements", "split"]
 
 
-def read_statements(file: str) -> Mapping[str, str]:
+class Statement(str):
+    """
+    A statement whose parameters are numbered (?1, ?2 …) in its file, for the reader, and plain where it is executed.
+
+    `spread` puts parameters in the order of their use; None where that is the order they come in. From Python 3.14 on sqlite3 takes
+    no sequence for numbered ones.
+    """
+
+    __slots__ = ("spread",)
+
+    spread: Callable[[Sequence[Any]], tuple[Any, ...]] | None
+
+    def __new__(cls, text: str) -> Self:
+        order = [int(number) - 1 for number in re.findall(r"\?(\d+)", text)]
+        self = super().__new__(cls, re.sub(r"\?\d+", "?", text))
+        # itemgetter gives a bare value for a single index; a single use is always in order.
+        self.spread = itemgetter(*order) if order != list(range(len(order))) else None
+        return self
+
+
+def read_statements(file: str) -> Mapping[str, Statement]:
     """The statements of a .sql file beside this module, by the name that a `-- name:` line gives each."""
     parts = re.split(r"^-- name: (\w+)$", _text(file), flags=re.MULTILINE)
-    return {name: body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: Statement(body.strip()) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def read_migration(file: str) -> list[str]:
