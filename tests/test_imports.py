@@ -17,7 +17,7 @@ SOURCE = Path(metered_ai.__file__).parent
 LAYERS = [
     ["errors", "records", "options"],
     ["core"],
-    ["context", "ledger", "services", "settings"],
+    ["context", "ledger", "prices", "services", "settings"],
     ["settling"],
     ["charge"],
     ["billing"],
