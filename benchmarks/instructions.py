@@ -15,8 +15,8 @@ from pathlib import Path
 from .figures import Figure, at_most
 from .processes import Caller, provider
 
-WARM = 5
-# Full collections of garbage come seldom; with several in each run their share is the same in all.
+# Python rewrites code that has run a few times, and is still at it after ten calls.
+WARM = 40
 CALLS = 100
 CHUNKS = 1000
 

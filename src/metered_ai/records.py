@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 __all__ = [
     "MAX_AMOUNT",
@@ -33,6 +33,43 @@ from an estimate, or because the hold itself was charged.
 """
 
 
+_T = TypeVar("_T")
+
+
+def quick(kind: type[_T]) -> type[_T]:
+    """
+    A frozen dataclass with slots whose instances are made in a third of the time: a call makes seven of them.
+
+    Frozen dataclasses set each field by a call of `object.__setattr__`. Here an instance is of a twin class, which has the same
+    layout and is not frozen, until its fields are set.
+    """
+    slots = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # it is a dataclass
+    twin = type(kind.__name__, (), {"__slots__": slots})
+    # An underscore in front, which no field has.
+    names: dict[str, Any] = {"_kind": kind, "_twin": twin, "_slow": kind.__init__, "_become": object.__setattr__}
+    parameters: list[str] = []
+    for field in fields(kind):  # type: ignore[arg-type]  # as above
+        if field.default is MISSING:
+            parameters.append(field.name)
+        else:
+            names[f"_default_{field.name}"] = field.default
+            parameters.append(f"{field.name}=_default_{field.name}")
+    lines = [
+        f"def __init__(self, {', '.join(parameters)}):",
+        # A subclass has a layout of its own.
+        f" if self.__class__ is not _kind: return _slow(self, {', '.join(slots)})",
+        " _become(self, '__class__', _twin)",
+        *(f" self.{name} = {name}" for name in slots),
+        " self.__class__ = _kind",
+    ]
+    exec("\n".join(lines), names)  # noqa: S102  as dataclasses make theirs
+    made = names["__init__"]
+    made.__annotations__, made.__qualname__ = kind.__init__.__annotations__, kind.__init__.__qualname__
+    kind.__init__ = made  # type: ignore[method-assign]  # the same signature
+    return kind
+
+
+@quick
 @dataclass(frozen=True, slots=True)
 class Usage:
     """
@@ -57,6 +94,7 @@ class Usage:
     characters: int | None = None
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Request:
     """A call before it is sent, as an `estimate` function sees it: the door's name, the model, the body with `extra_body` merged."""
@@ -136,6 +174,7 @@ class Grant:
     revoked: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Hold:
     """
@@ -168,6 +207,7 @@ class Hold:
         return self.sent == "unknown" and self.state != "open"
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
     """

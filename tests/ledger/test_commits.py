@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from metered_ai.core.steps import AddGrant, Place, Record, Settle, Settled
+from metered_ai.core.steps import AddGrant, Place, Record, Renew, Settle, Settled
 from metered_ai.errors import BillingUnavailableError, InsufficientCreditsError, LedgerCorruptError
 from metered_ai.ledger.sqlite import SqliteLedger
 from metered_ai.records import UsageEvent
@@ -154,6 +154,19 @@ def test_bad_neighbour(ledger: Counted) -> None:
     assert ledger.verify().is_sound
 
 
+def test_owner_beside_bad_neighbour(ledger: Counted) -> None:
+    """A lease that was begun in a commit that had to be done again is begun again."""
+    ledger.run(Place("h0", "ada", "calls", 1, "p1"))
+    refuse_middle(ledger, "transaction_id = 'r1'")
+
+    outcomes = ledger.submit_all(
+        [Place("h1", "ada", "calls", 1, "p2"), record(1), Place("h2", "ada", "calls", 1, "p2")]
+    ).result(10)
+    assert ["Hold", "LedgerCorruptError", "Hold"] == [type(outcome).__name__ for outcome in outcomes]
+    assert 0 == ledger.sweep().resolved
+    assert 2 == ledger.run(Renew("p2", 120))
+
+
 def test_refused_neighbours(ledger: Counted) -> None:
     """Refusals among what is done share its commit."""
     steps = [Place(f"h{number}", "bob" if number % 2 else "ada", "calls", 1, "p1") for number in range(20)]
@@ -197,6 +210,24 @@ def test_not_taken_back(ledger: Counted) -> None:
     ledger.close()
     with closing(SqliteLedger(ledger.path)) as again:
         assert 3 == again.balance("ada", "calls").used
+
+
+def test_closed_meanwhile(ledger: Counted) -> None:
+    """Closing waits for what was handed over behind a step that is still being committed."""
+    ledger.gate.clear()
+    first = threading.Thread(target=ledger.run, args=(record(0),))
+    first.start()
+    assert ledger.is_waiting.wait(10)
+    futures = [ledger.submit(record(number)) for number in range(1, 4)]
+    last = threading.Thread(target=ledger.close)
+    last.start()
+    while not ledger._is_closed:
+        time.sleep(0.001)
+    ledger.gate.set()
+    first.join(10)
+    last.join(10)
+
+    assert [1, 1, 1] == [future.result(10).amount for future in futures]
 
 
 def test_cancelled_task(ledger: Counted) -> None:

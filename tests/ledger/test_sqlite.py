@@ -40,6 +40,13 @@ from metered_ai.testing import Clock
 GRANT = AddGrant("ada", "calls", 100, "g1")
 
 
+COPIED = (
+    ", amount, basis, kind, hold_id, is_unlimited, is_late, fingerprint, request_id, attempts, price_slug, parent, properties, "
+    "has_usage, model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, "
+    "reasoning_tokens, audio_tokens, seconds, images, characters FROM usage_event"
+)
+
+
 def hold(number: int = 1, amount: int = 1, **more: Any) -> Place:
     return Place(f"h{number:06}", "ada", "calls", amount, "p1", **more)
 
@@ -240,6 +247,19 @@ class TestFile:
             ledger.run(hold())
         assert b"" == content(path)
 
+    def test_locks_stay(self, path: Path, ledger: SqliteLedger) -> None:
+        """A second ledger of the same process on the same file does not take the first one's locks away."""
+        assert 100 == ledger.balance("ada", "calls").available
+        with closing(SqliteLedger(path)) as second:
+            assert 100 == second.balance("ada", "calls").available
+        script = (
+            "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)"
+        )
+
+        # The bytes that SQLite locks as long as it has a file open.
+        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+        assert "BlockingIOError" in done.stderr
+
     @pytest.mark.parametrize("value", ["none", 1, None])
     def test_durability_checked(self, path: Path, value: Any) -> None:
         """A misspelled durability is told when the ledger is built; so is a patience that is no number."""
@@ -370,6 +390,15 @@ class TestSchema:
             ("UPDATE credit_grant SET grant_id = 'x'", "never changed"),
             ("UPDATE credit_grant SET expires_at = 1", "never changed"),
             ("DELETE FROM credit_grant", "never removed"),
+            (
+                "INSERT INTO usage_event SELECT no + 9, account_no, created_at + 9, transaction_id"
+                + COPIED.replace("hold_id", "'x'"),
+                "UNIQUE constraint failed: usage_event.account_no, usage_event.transaction_id",
+            ),
+            (
+                "INSERT INTO usage_event SELECT no + 9, account_no, created_at + 9, 'other'" + COPIED,
+                "UNIQUE constraint failed: usage_event.hold_id, usage_event.account_no",
+            ),
             ("UPDATE account SET used = -1", "CHECK"),
             ("UPDATE account SET held = -1", "CHECK"),
             ("UPDATE account SET credit_limit = -1", "CHECK"),
@@ -456,6 +485,17 @@ class TestStorage:
         with locked(path):
             assert 100 == ledger.balance("ada", "calls").available
             assert 1 == len(list(ledger.grants("ada")))
+
+    def test_interrupted_reading(self, ledger: SqliteLedger) -> None:
+        """A reader that was interrupted in a transaction does not show the past to the next one."""
+        assert 100 == ledger.balance("ada", "calls").available
+        for slot in ledger._readers:
+            if slot.connection is not None:
+                slot.connection.execute("BEGIN")
+                slot.connection.execute("SELECT * FROM account").fetchall()
+        ledger.run(AddGrant("ada", "calls", 1, "g2"))
+
+        assert 101 == ledger.balance("ada", "calls").available
 
     def test_locked_opening(self, path: Path, ledger: SqliteLedger) -> None:
         """A ledger that is opened while another process writes works as well."""
@@ -673,7 +713,7 @@ class TestDurability:
 
         print(f"8400 steps, log at most {longest / 1e6:.1f} MB")
         assert longest < 3 * files.WAL_KEPT
-        assert size > 500_000
+        assert size > 100_000
         assert ["credits.db"] == [file.name for file in path.parent.iterdir()]
 
     def test_log_left_behind(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from ..records import Basis, Grant, Hold, Usage, UsageEvent
+from ..records import Basis, Grant, Hold, Usage, UsageEvent, quick
 
 __all__ = [
     "AddGrant",
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Place:
     """
@@ -69,6 +70,7 @@ class Enlarge:
     amount: int
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Settle:
     """
@@ -98,6 +100,7 @@ class Settle:
     is_unlimited: bool = False
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Release:
     """Give a hold back. On a hold that is not there yet it leaves a tombstone, on one that has ended it changes nothing."""
@@ -159,6 +162,7 @@ class SetUnlimited:
     is_unlimited: bool
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Settled:
     """

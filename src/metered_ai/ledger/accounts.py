@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, repeat
+from operator import is_not
 from typing import Any, NamedTuple
 
 from ..core import funds
@@ -214,12 +216,13 @@ class Accounts:
 
     def _insert(self, statement: str, always: Row, perhaps: Row) -> None:
         """Insert a row; of its last columns those that are None are left out."""
-        shape = (statement, *[value is None for value in perhaps])
+        is_given = tuple(map(is_not, perhaps, repeat(None)))
+        shape = (statement, is_given)
         narrow = self._narrow.get(shape)
         if narrow is None:
-            absent = [len(always) + position for position, value in enumerate(perhaps) if value is None]
+            absent = [len(always) + position for position, given in enumerate(is_given) if not given]
             narrow = self._narrow[shape] = narrowed(SQL[statement], absent)
-        self._execute(narrow, [*always, *[value for value in perhaps if value is not None]])
+        self._execute(narrow, [*always, *compress(perhaps, is_given)])
 
     def _take_number(self, account: Account, operation: str, scope: str, number: int, *, is_kept: bool = False) -> None:
         key = (account.no, operation, scope)

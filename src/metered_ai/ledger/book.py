@@ -8,12 +8,10 @@ own, so that it needs no undoing.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ..core import funds
 from ..core.checks import check_name
@@ -27,7 +25,6 @@ from ..core.steps import (
     Renew,
     Revoke,
     Settle,
-    Settled,
     SetUnlimited,
     Step,
     StepResult,
@@ -37,8 +34,6 @@ from ..records import Grant, Hold, Usage, UsageEvent
 from .accounts import (
     SQL,
     Account,
-    Accounts,
-    EndedHold,
     Execute,
     OpenHold,
     check_total,
@@ -49,11 +44,11 @@ from .accounts import (
 )
 from .inputs import ID_LIMIT
 from .reports import Recovery
-from .rows import Row, event_of, microseconds, moment, packed, unpacked, usage_columns
+from .rows import Row, microseconds, moment, packed
+from .settles import Settles
 
 __all__ = ["TOMBSTONE_KEPT", "Book", "Sweep"]
 
-_log = logging.getLogger("metered_ai.ledger")
 _SECOND = 1_000_000
 TOMBSTONE_KEPT = 7 * 86_400 * _SECOND
 """How long the id of a hold that was released before it was placed stays refused, in microseconds."""
@@ -78,7 +73,7 @@ class _Number(NamedTuple):
     event: UsageEvent | None
 
 
-class Book(Accounts):
+class Book(Settles):
     """Does steps, each as far as its rows go; the transaction is the caller's."""
 
     def __init__(self, execute: Execute, connection: sqlite3.Connection) -> None:
@@ -316,208 +311,6 @@ class Book(Accounts):
         self._save(account)
         return hold_of(account, hold._replace(amount=step.amount))
 
-    # Settle
-
-    def _settle(self, step: Settle, now: int) -> Settled:
-        rows = self._execute(
-            SQL["settle_fast"], (step.customer, step.meter, step.hold_id, now, step.transaction_id, step.amount)
-        ).fetchall()
-        if not rows:
-            return self._settle_slowly(step, now)
-
-        account_no, held, is_unlimited, own, events, last_event_at = rows[0]
-        name = own or step.transaction_id
-        created_at = max(now, last_event_at + 1)
-        properties = packed(step.properties)
-        self._insert(
-            "new_event",
-            (
-                (account_no << 32) + events + 1,
-                account_no,
-                created_at,
-                name,
-                step.amount,
-                step.basis,
-                step.kind,
-                is_unlimited,
-                0,
-                0 if step.usage is None else 1,
-            ),
-            (
-                step.hold_id,
-                step.fingerprint,
-                step.request_id,
-                step.attempts,
-                step.price_slug,
-                step.parent,
-                properties,
-                *usage_columns(step.usage),
-            ),
-        )
-        self._execute(SQL["open_hold_taken"], (account_no, step.hold_id))
-        used = SQL["used_unlimited"] if is_unlimited else SQL["used"]
-        self._execute(used, (account_no, step.amount, held, events + 1, created_at))
-        event = UsageEvent(
-            customer=step.customer,
-            meter=step.meter,
-            transaction_id=name,
-            amount=step.amount,
-            created_at=moment(created_at),
-            basis=step.basis,
-            kind=step.kind,
-            hold_id=step.hold_id,
-            usage=step.usage,
-            request_id=step.request_id,
-            attempts=step.attempts,
-            properties=unpacked(properties),
-            price_slug=step.price_slug,
-            parent=step.parent,
-            is_unlimited=bool(is_unlimited),
-        )
-        return Settled(event, "settled")
-
-    def _settle_slowly(self, step: Settle, now: int) -> Settled:
-        account = self._account(step.customer, step.meter, now)
-        hold = None if account is None else self._open_hold(account, step.hold_id)
-        if account is None or hold is None:
-            return self._settle_late(step, account, now)
-
-        name, found, outcome = self._event_name(step, account, hold.transaction_id)
-        if found is not None:
-            self._end_unused(account, hold, "released", now, reason="repeat", sent="yes", event_id=found.transaction_id)
-            return Settled(found, outcome)
-
-        check_total((account.unlimited_used if hold.is_unlimited else account.funds.used) + step.amount, account)
-        self._use_hold(account, hold, step.amount)
-        event = self._write_settled(step, account, name, now, is_unlimited=bool(hold.is_unlimited), is_late=False)
-        self._save(account)
-        return Settled(event, "settled")
-
-    def _settle_late(self, step: Settle, account: Account | None, now: int) -> Settled:
-        """The hold has ended, or was never here. What was not recorded yet is recorded: the provider has been paid."""
-        ended = None if account is None else self._ended_hold(account, step.hold_id)
-        if account is not None:
-            event = self._event_of_hold(account, step.hold_id)
-            if ended is not None and ended.state == "charged" and event is not None:
-                return self._correct(step, account, ended, event, now)
-            if ended is not None and ended.event_id is not None:
-                first = self._event(account, ended.event_id)
-                if first is not None:
-                    return Settled(first, "again" if ended.state == "settled" else "repeat")
-            if event is not None:
-                return Settled(event, "again")
-
-        if account is None:
-            account = self._new_account(step.customer, step.meter)
-        name, found, outcome = self._event_name(step, account, None if ended is None else ended.transaction_id)
-        if found is not None:
-            self._note_repeat(step, account, ended, found, now)
-            return Settled(found, outcome)
-
-        is_unlimited = step.is_unlimited if ended is None or ended.state == "tombstone" else bool(ended.is_unlimited)
-        self._use(account, step.amount, is_unlimited)
-        event = self._write_settled(step, account, name, now, is_unlimited=is_unlimited, is_late=True)
-        if ended is not None:
-            self._execute(SQL["ended_hold_settled"], (account.no, step.hold_id, name))
-            self._retake_number(account, ended)
-        self._save(account)
-        return Settled(event, "late")
-
-    def _note_repeat(
-        self, step: Settle, account: Account, ended: EndedHold | None, found: UsageEvent, now: int
-    ) -> None:
-        """Remember what a late settle repeated, so that it answers the same the next time."""
-        if ended is not None:
-            self._execute(SQL["ended_hold_repeated"], (account.no, step.hold_id, found.transaction_id))
-            self._retake_number(account, ended)
-            return
-        self._end_row(
-            account.no,
-            OpenHold(step.hold_id, 0, int(step.is_unlimited), 0, now, now, "release", *[None] * 11),
-            "released",
-            now,
-            reason="repeat",
-            sent="yes",
-            event_id=found.transaction_id,
-        )
-
-    def _correct(self, step: Settle, account: Account, ended: EndedHold, charged: UsageEvent, now: int) -> Settled:
-        """The orphan was charged by policy and now the truth comes: what is missing is charged, what was too much is granted."""
-        name = self._free_name(account, f"{fit(f'hold_{step.hold_id}', 3)}.c1")
-        missing = step.amount - charged.amount
-        is_unlimited = bool(ended.is_unlimited)
-        if missing > 0:
-            self._use(account, missing, is_unlimited)
-        elif missing < 0 and not is_unlimited:
-            check_total(account.funds.limit - missing, account)
-        event = self._write_settled(
-            step, account, name, now, is_unlimited=is_unlimited, is_late=True, kind="correction", amount=max(0, missing)
-        )
-        self._execute(SQL["ended_hold_settled"], (account.no, step.hold_id, name))
-        # What was counted as unlimited use has taken no credits, so there are none to give back.
-        if missing < 0 and not is_unlimited:
-            self._give(account, self._free_grant_id(account, f"correction_{step.hold_id}"), -missing, None, now)
-        self._save(account)
-        return Settled(event, "corrected")
-
-    def _event_name(
-        self, step: Settle, account: Account, own: str | None
-    ) -> tuple[str, UsageEvent | None, Literal["replay", "repeat"]]:
-        """What the event of a settle is called; or the event that there is already, and whether this is its replay or a repeat."""
-        name = step.transaction_id if own is None else own
-        row = self._event_row(account, name)
-        if row is None:
-            return name, None, "repeat"
-        if step.is_explicit or own is not None:
-            return name, event_of(account.customer, account.meter, row), "repeat"
-        other = f"{fit(name, 9)}.{_hash(step.fingerprint or step.hold_id)}"
-        last = f"{fit(name, 9)}.{_hash(step.hold_id)}"
-        for candidate in (name, other, last):
-            row = self._event_row(account, candidate)
-            if row is None:
-                _log.warning(
-                    "transaction id %r came with two different answers (customer %r, meter %r); recorded as %r",
-                    name,
-                    account.customer,
-                    account.meter,
-                    candidate,
-                )
-                return candidate, None, "repeat"
-            if step.fingerprint is not None and row[26] == step.fingerprint:
-                return candidate, event_of(account.customer, account.meter, row), "replay"
-        return self._free_name(account, last), None, "repeat"
-
-    def _write_settled(
-        self,
-        step: Settle,
-        account: Account,
-        name: str,
-        now: int,
-        *,
-        is_unlimited: bool,
-        is_late: bool,
-        kind: str | None = None,
-        amount: int | None = None,
-    ) -> UsageEvent:
-        return self._write_event(
-            account,
-            name,
-            step.amount if amount is None else amount,
-            now,
-            basis=step.basis,
-            kind=kind or step.kind,
-            hold_id=step.hold_id,
-            is_unlimited=is_unlimited,
-            is_late=is_late,
-            fingerprint=step.fingerprint,
-            request_id=step.request_id,
-            attempts=step.attempts,
-            price_slug=step.price_slug,
-            parent=step.parent,
-            properties=packed(step.properties),
-            usage=step.usage,
-        )
-
     # Release, Renew
 
     def _release(self, step: Release, now: int) -> Released:
@@ -606,11 +399,6 @@ class Book(Accounts):
         self._give(account, step.id, step.amount, expires_at, now)
         self._save(account)
         return cast("Grant", self._grant(account, step.id))
-
-    def _give(self, account: Account, grant_id: str, amount: int, expires_at: int | None, now: int) -> None:
-        self._load_grants(account)
-        (no,) = self._execute(SQL["new_grant"], (account.no, grant_id, amount, now, expires_at)).fetchall()[0]
-        funds.add(account.funds, funds.GrantFunds(no, amount, expires_at), self._limited_holds(account), now)
 
     def _revoke(self, step: Revoke, now: int) -> Grant:
         account = self._account(step.customer, step.meter, now)
@@ -713,7 +501,3 @@ class Book(Accounts):
         )
         self._end_row(account.no, hold, "charged", now, reason="unknown", sent="unknown")
         return Recovery(charged=1, charged_amount=hold.amount)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

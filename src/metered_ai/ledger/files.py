@@ -153,9 +153,12 @@ def prepare(connection: sqlite3.Connection, path: str, *, is_first: bool) -> Non
     """Refuse what is no ledger, then set the connection up. `is_first`: this process has not used the file before."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old; a ledger needs 3.35 or newer")
+    # At one moment: another process may be making the schema right now.
+    connection.execute("BEGIN")
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    connection.execute("ROLLBACK")
     is_new = (application_id, version, tables) == (0, 0, 0)
     if application_id != APPLICATION_ID and not (is_new and is_first):
         raise LedgerCorruptError(

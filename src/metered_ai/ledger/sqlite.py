@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from ..core.steps import AddGrant, Enlarge, Place, Record, Renew, Revoke, Settle, SetUnlimited, Step, StepResult
 from ..errors import BillingUnavailableError, ConfigurationError, MeteringError
-from . import files
+from . import Outcomes, files
 from .book import TOMBSTONE_KEPT, Book, Sweep
 from .commits import Commits, Job
 from .forks import FORK_PATIENCE, inherited, ledgers
@@ -33,11 +33,9 @@ _log = logging.getLogger("metered_ai.ledger")
 _DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, Sweep})
 _HOLDS = frozenset({Place, Enlarge, Renew})
 _READERS = 3
-_CHECKPOINT_EVERY = 500
+_CHECKPOINT_EVERY = 1_000
 _UNFIT = (OverflowError, UnicodeError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 _RECHECK_AFTER = 0.02
-
-Outcomes = list[StepResult | Exception]
 
 
 class SqliteLedger(Reading):
