@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -203,6 +204,9 @@ class Billing:
 
         owner = new_owner()
         keeps = self.settings
+        _end_with_child()
+        # Now, because a finalizer cannot start it, and not in a call, where an interrupt could keep its lock.
+        settler.start()
         if settler.adopt():
             self._replayed = settler.replay()
             settler.start_retrying()
@@ -258,11 +262,13 @@ class Billing:
                     settler.submit(_undo(step))
                 raise
 
-    async def _aplace(self, make: Callable[[str], Place]) -> Hold:
+    async def _aplace(self, make: Callable[[str], Place], tell: Callable[[Settler], None] | None = None) -> Hold:
         opened = self._opened
         if opened is None or self._owner is None:
             await asyncio.to_thread(self._open)
         _, settler, owner = self._ready()
+        if tell is not None:
+            tell(settler)
         step = make(owner)
         patience = _Patience(self.settings.wait_for_credits)
         while True:
@@ -281,8 +287,7 @@ class Billing:
                 raise
 
     def _watch(self, call: object, stop: Callable[[], None]) -> None:
-        """Remember a stream that has not ended, so that the end of the program ends it, and make the queue ready for it."""
-        self._open()[1].start()
+        """Remember a stream that has not ended, so that the end of the program ends it."""
         self._streams[id(call)] = stop
 
     def _unwatch(self, call: object) -> None:
@@ -684,8 +689,8 @@ def _sweep(billing: weakref.ref[Billing]) -> None:
     alive = billing()
     if alive is not None and alive._opened is not None:
         ledger, settler = alive._opened
-        if settler.adopt():
-            settler.start_retrying()
+        settler.adopt()
+        settler.start_retrying()
         found = ledger.recover()
         if found.resolved:
             _log.warning(
@@ -720,9 +725,21 @@ def _after_fork() -> None:
         billing._after_fork()
 
 
+def _end_with_child() -> None:
+    """A child of multiprocessing leaves without the handlers of atexit, but not without its own; it forgot its parent's."""
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _at_exit, exitpriority=10)
+
+
 def _at_exit() -> None:
     for billing in list(_alive):
-        billing.close()
+        try:
+            billing.close()
+        except Exception as error:  # noqa: BLE001  the others are closed all the same
+            _log.error("%r could not be closed: %s", billing, error)
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -124,7 +124,7 @@ class _Metering:
 
         body = _body(options) if kind == "metered" else {}
         reason = (
-            refusal(door, body, stream)
+            ("its body cannot be read before it is sent" if body is None else refusal(door, body, stream))
             if kind == "metered" and door is not None
             else (door.reason if door is not None else "it is not in the table of endpoints of this release")
         )
@@ -136,6 +136,7 @@ class _Metering:
                 f'{name} cannot be metered: {reason}. Nothing was sent; unmetered="allow" lets it pass, unbilled'
             )
         assert door is not None
+        assert body is not None
         return self._plan(options, stream, door, body)
 
     def _plan(self, options: Any, stream: bool, door: Door, body: Mapping[str, Any]) -> LiveCall:
@@ -163,13 +164,17 @@ def _first_needed() -> tuple[Callable[..., Plan], type[LiveCall]]:
     return plan, LiveCall
 
 
-def _body(options: Any) -> Mapping[str, Any]:
+def _body(options: Any) -> Mapping[str, Any] | None:
+    """The body with `extra_body` merged; None where it is a stream, which only the provider will have read."""
     body = options.json_data
-    if body is None and isinstance(getattr(options, "content", None), bytes | bytearray):
+    content = getattr(options, "content", None)
+    if body is None and content is not None:
+        if not isinstance(content, bytes | bytearray | str):
+            return None
         import json
 
         try:
-            body = json.loads(options.content)
+            body = json.loads(content)
         except ValueError:
             body = None
     if not isinstance(body, Mapping):
@@ -359,7 +364,7 @@ else:
                 call.place()
                 options = _with_additions(options, call.plan.add_to_body)
                 result = super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-                if call.response is not None:
+                if call.reader is None:
                     call.finish("answered")
             except BaseException:
                 call.finish(call.raised())
@@ -415,7 +420,7 @@ else:
                 await call.aplace()
                 options = _with_additions(options, call.plan.add_to_body)
                 result = await super().request(cast_to, options, stream=stream, stream_cls=stream_cls)
-                if call.response is not None:
+                if call.reader is None:
                     await call.afinish("answered")
             except Exception:
                 await call.afinish(call.raised())

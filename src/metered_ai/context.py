@@ -71,14 +71,16 @@ class Cover(NamedTuple):
 
 
 class _Frame:
-    __slots__ = ("cover", "is_over", "parent", "receipt", "terms")
+    __slots__ = ("block", "cover", "is_over", "parent", "receipt", "terms", "token")
 
-    def __init__(self, parent: _Frame | None, terms: Terms, cover: Cover | None) -> None:
+    def __init__(self, block: bill_to, parent: _Frame | None, terms: Terms, cover: Cover | None) -> None:
+        self.block = block
         self.parent = parent
         self.terms = terms
         self.cover = cover
         self.receipt = Receipt()
         self.is_over = False
+        self.token: Token[_Frame | None] | None = None
 
 
 _frame: ContextVar[_Frame | None] = ContextVar("metered_ai_bill_to", default=None)
@@ -117,33 +119,42 @@ class bill_to:  # noqa: N801  it reads as a verb where it is used, like a functi
             properties=properties,
         )
         self._cover: Cover | None = None
-        self._entered: list[tuple[_Frame, Token[_Frame | None]]] = []
+        self._entered: list[_Frame] = []
 
     def __enter__(self) -> Receipt:
         # Each entry is a block of its own, so an explicit transaction id starts from its first number again.
         own = self._terms if self._terms.transaction_id is None else self._terms._replace(scope=new_scope())
-        frame = _Frame(_frame.get(), own, self._cover)
-        self._entered.append((frame, _frame.set(frame)))
+        frame = _Frame(self, _frame.get(), own, self._cover)
+        self._entered.append(frame)
+        frame.token = _frame.set(frame)
         return frame.receipt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
-        current = _frame.get()
         # One object may be entered by several threads and tasks at once: what is left is the entry of this context.
-        entry = next((entry for entry in reversed(self._entered) if entry[0] is current), None)
-        if entry is None:
-            # Blocks were left out of order, or this is another context: resetting would bring back a block that may be over.
-            if len(self._entered) == 1:
-                self._entered.pop()[0].is_over = True
+        current = frame = _frame.get()
+        while frame is not None and (frame.block is not self or frame.is_over):
+            frame = frame.parent
+        if frame is None:
+            # A framework drives our generator from several contexts, and this is not the one that entered.
+            entered = tuple(self._entered)
+            if len(entered) == 1:
+                entered[0].is_over = True
+                self._entered.remove(entered[0])
             return
 
-        self._entered.remove(entry)
-        frame, token = entry
+        self._entered.remove(frame)
+        if frame is not current:
+            # Blocks were left out of order: resetting would bring back a block that may be over.
+            frame.is_over = True
+            return
+
+        assert frame.token is not None
         try:
-            _frame.reset(token)
+            _frame.reset(frame.token)
         except ValueError:
-            # A framework drove our generator from several contexts; the token belongs to the first of them.
+            # A copy of the context that entered: the token belongs to that one.
             frame.is_over = True
 
     async def __aenter__(self) -> Receipt:

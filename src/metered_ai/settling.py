@@ -6,12 +6,13 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from .core.steps import Release, Settle, Settled, Step, StepResult
 from .errors import BillingUnavailableError, MeteringError
@@ -136,10 +137,17 @@ class Settler:
 
     def _submitted(self, end: End, future: Future[StepResult]) -> None:
         error = future.exception()
-        if error is None:
-            self._succeeded(end, future.result())
-        elif isinstance(error, Exception):
-            self._failed(end, error)
+        self._arrived_with(end, future.result() if error is None else cast("Exception", error))
+
+    def _arrived_with(self, end: End, outcome: StepResult | Exception) -> None:
+        """In the ledger's thread, which serves everybody: one end that cannot be kept must not take others with it."""
+        try:
+            if isinstance(outcome, Exception):
+                self._failed(end, outcome)
+            else:
+                self._succeeded(end, outcome)
+        except Exception as error:  # noqa: BLE001  as above
+            _log.error("the end of hold %s could not be worked out (%s)", end.step.hold_id, type(error).__name__)
 
     def follow(self, future: Future[_T], then: Callable[[Future[_T]], None]) -> None:
         """Call `then` once the future is done. `flush` waits for both: a caller that was cancelled waits for neither."""
@@ -161,7 +169,9 @@ class Settler:
         if tick is None or tick.loop is not loop:
             for key, old in list(self._ticks.items()):
                 if old.loop.is_closed():
+                    # A loop that was stopped in the very turn of a step: nobody waits for it, but it was handed over.
                     self._ticks.pop(key, None)
+                    old.flush()
             tick = self._ticks[id(loop)] = _Tick(loop, self)
         return tick
 
@@ -175,7 +185,11 @@ class Settler:
                     worker = threading.Thread(
                         target=self._work, args=(self._queue,), name="metered-ai-settler", daemon=True
                     )
-                    worker.start()
+                    try:
+                        worker.start()
+                    except RuntimeError:
+                        # No thread is to be had (the program is ending): `flush` empties the queue itself.
+                        return
                     self._worker = worker
 
     def enqueue(self, bring_in: Callable[[], object]) -> None:
@@ -184,20 +198,39 @@ class Settler:
 
     def _work(self, queue: SimpleQueue[Callable[[], object] | None]) -> None:
         while (bring_in := queue.get()) is not None:
-            try:
-                bring_in()
-            except Exception as error:  # noqa: BLE001  the thread serves every call
-                _log.error(
-                    "the end of a call could not be worked out (%s); its hold stays until its lease is out",
-                    type(error).__name__,
-                )
+            self._bring_in(bring_in)
         # A start that was interrupted may have left a twin, which waits, too.
         queue.put(None)
+
+    def _work_off(self) -> None:
+        """Do what the queue's thread would, where there is none."""
+        while True:
+            try:
+                bring_in = self._queue.get_nowait()
+            except Empty:
+                return
+            if bring_in is not None:
+                self._bring_in(bring_in)
+
+    @staticmethod
+    def _bring_in(bring_in: Callable[[], object]) -> None:
+        try:
+            bring_in()
+        except Exception as error:  # noqa: BLE001  the thread serves every call
+            _log.error(
+                "the end of a call could not be worked out (%s); its hold stays until its lease is out",
+                type(error).__name__,
+            )
 
     def flush(self, timeout: float) -> bool:
         """Wait until what is in the queue or handed over now has been brought in. False when `timeout` seconds were not enough."""
         until = time.monotonic() + timeout
-        if self._worker is not None:
+        for tick in list(self._ticks.values()):
+            if not tick.loop.is_running():
+                tick.flush()
+        if self._worker is None:
+            self._work_off()
+        else:
             if threading.current_thread() is self._worker:
                 return True
             reached = threading.Event()
@@ -240,11 +273,11 @@ class Settler:
             )
             self._keep(_Kept(end, None))
             return error
-        if isinstance(error, BillingUnavailableError):
+        if isinstance(error, ValueError | MeteringError) and not isinstance(error, BillingUnavailableError):
+            self._park(key, error)
+        else:
             _log.warning("usage %s waits in the spool for the ledger: %s", step.transaction_id, error)
             self._keep(_Kept(end, key))
-        else:
-            self._park(key, error)
         return error
 
     def _park(self, key: str, error: Exception) -> None:
@@ -275,6 +308,9 @@ class Settler:
                 if kept.key is not None:
                     self._park(kept.key, error)
                 parked += 1
+            except Exception as error:  # noqa: BLE001  it waits on, and so does the thread that tries again
+                _log.error("a step that waits could not be tried (%s)", type(error).__name__)
+                break
             else:
                 self._succeeded(kept.end, result)
                 if kept.key is not None:
@@ -294,8 +330,13 @@ class Settler:
         """Bring in what waits, in the background, until nothing does."""
         with self._lock:
             if self._kept and (self._retrier is None or not self._retrier.is_alive()) and not self._closing.is_set():
-                self._retrier = threading.Thread(target=self._retry, name="metered-ai-retry", daemon=True)
-                self._retrier.start()
+                retrier = threading.Thread(target=self._retry, name="metered-ai-retry", daemon=True)
+                try:
+                    retrier.start()
+                except RuntimeError:
+                    # No thread is to be had now: the next sweep, the next end that fails, or `close` tries again.
+                    return
+                self._retrier = retrier
 
     def _retry(self) -> None:
         from tenacity import RetryError, Retrying, retry_if_result, sleep_using_event, stop_when_event_set
@@ -327,8 +368,9 @@ class Settler:
             tick.flush()
         is_done = self.flush(timeout)
         self._closing.set()
-        if self._retrier is not None:
-            self._retrier.join(timeout)
+        retrier = self._retrier
+        if retrier is not None:
+            retrier.join(timeout)
         if self._kept:
             self.replay()
         if self._worker is not None:
@@ -345,22 +387,36 @@ class _Tick:
     def __init__(self, loop: asyncio.AbstractEventLoop, settler: Settler) -> None:
         self.loop = loop
         self._settler = settler
-        self._steps: list[Step] = []
-        self._waiting: list[tuple[End | None, asyncio.Future[StepResult | Exception]]] = []
+        # One entry a step: `close` may empty it from another thread while the loop fills it.
+        self._handed: deque[tuple[Step, End | None, asyncio.Future[StepResult | Exception]]] = deque()
+        self._is_scheduled = False
 
     def hand_over(self, step: Step, end: End | None) -> asyncio.Future[StepResult | Exception]:
         # The future only tells of the step, so that cancelling it takes nothing back and it needs no shield.
         future: asyncio.Future[StepResult | Exception] = self.loop.create_future()
-        self._steps.append(step)
-        self._waiting.append((end, future))
-        if len(self._steps) == 1:
-            self.loop.call_soon(self.flush)
+        self._handed.append((step, end, future))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_soon(self._flush_scheduled)
         return future
 
+    def _flush_scheduled(self) -> None:
+        self._is_scheduled = False
+        self.flush()
+
     def flush(self) -> None:
-        steps, waiting = self._steps, self._waiting
+        """Hand over what was collected. Safe from any thread."""
+        steps: list[Step] = []
+        waiting: list[tuple[End | None, asyncio.Future[StepResult | Exception]]] = []
+        while self._handed:
+            try:
+                step, end, future = self._handed.popleft()
+            except IndexError:
+                # Another thread was faster.
+                break
+            steps.append(step)
+            waiting.append((end, future))
         if steps:
-            self._steps, self._waiting = [], []
             self._settler.follow(self._settler._ledger.submit_all(steps), partial(self._done, waiting))
 
     def _done(
@@ -369,12 +425,8 @@ class _Tick:
         # In the ledger's thread. What failed is kept before anybody is told.
         outcomes = future.result()
         for (end, _), outcome in zip(waiting, outcomes, strict=True):
-            if end is None:
-                continue
-            if isinstance(outcome, Exception):
-                self._settler._failed(end, outcome)
-            else:
-                self._settler._succeeded(end, outcome)
+            if end is not None:
+                self._settler._arrived_with(end, outcome)
         try:
             self.loop.call_soon_threadsafe(self._wake, waiting, outcomes)
         except RuntimeError:

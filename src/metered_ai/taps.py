@@ -39,7 +39,7 @@ DRAIN_SECONDS = 30.0
 
 # By name and not by class: the SDK speaks httpx or httpx2, whichever is there. Before these no byte of the request went out.
 _NEVER_SENT = frozenset(
-    {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol", "OpenAIError"}
+    "ConnectError ConnectTimeout PoolTimeout ProxyError UnsupportedProtocol LocalProtocolError InvalidURL OpenAIError".split()
 )
 
 
@@ -162,16 +162,23 @@ class LiveCall:
         """What to bring into the ledger. Only after a claim."""
         self.billing._unwatch(self)
         hold = self.hold
-        step = ending(
+        seen = self._seen(ended, content_type) if ended not in ("refused", "not_sent", "unknown") else None
+        decide = partial(
+            ending,
             self.plan,
-            ended,
-            self._seen(ended, content_type) if ended not in ("refused", "not_sent", "unknown") else None,
+            seen=seen,
             hold_id=self.hold_id,
             operation=hold.transaction_id if hold is not None else None,
             is_unlimited=hold is not None and hold.is_unlimited,
             request_id=self.request_id,
             attempts=max(1, self.attempts),
         )
+        try:
+            step = decide(ended)
+        except Exception as error:  # noqa: BLE001  a pricing of the user's may raise anything
+            what = self.plan.door.name
+            _log.error("what %s costs could not be worked out (%s); its hold is charged", what, type(error).__name__)
+            step = decide("priceless")
         return End(step, tuple([receipt._settled for receipt in self.receipts]))
 
     def _seen(self, ended: Ended, content_type: str) -> Observation | None:
@@ -231,18 +238,20 @@ class LiveCall:
 
     async def aplace(self) -> None:
         """Hold the credits, or raise with nothing sent."""
-        self.hold = await self.billing._aplace(self.step)
-        self.settler = self.billing._settler
+        self.hold = await self.billing._aplace(self.step, self._settle_with)
+
+    def _settle_with(self, settler: Settler) -> None:
+        self.settler = settler
 
     async def afinish(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in and wait for it. A cancellation ends the waiting only."""
-        if self.settler is not None and self.claim():
+        if self.settler is not None and self.hold is not None and self.claim():
             end = self.end(ended, content_type)
             self._note(end, await self.settler.afinish(end))
 
     def submit(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in without waiting: for a task that is being cancelled."""
-        if self.settler is not None and self.claim():
+        if self.settler is not None and self.hold is not None and self.claim():
             self.settler.submit(self.end(ended, content_type))
 
     def _note(self, end: End, failed: Exception | None) -> None:
@@ -326,6 +335,8 @@ class _Tap:
         self.response = response
         self.kind = type(response)
         self.reader = reader
+        # Lets the reader see a chunk; gives what the caller may see.
+        self.feed: Callable[[bytes], bytes] = reader.feed if isinstance(reader, StreamReader) else self.feed_body
         self.content_type = content_type
         self.puller: int | None = None
         self.was_closed_by_other = False
@@ -347,14 +358,23 @@ class _Tap:
             return "answered"
         if isinstance(self.reader, BodyReader) or self.reader.is_complete:
             return "answered"
+        if self.was_closed_by_other:
+            return self.stopped()
         seen = self.reader.observation()
         return "broken" if seen.is_answer or seen.error else "answered"
 
     def broke(self, error: BaseException) -> Ended:
         """How a body that raised while it was pulled has ended."""
-        if self.was_closed_by_other or not isinstance(error, Exception):
-            return "held" if wants_drain(self.call.plan) else "stopped"
+        if isinstance(self.reader, StreamReader) and self.reader.is_complete and isinstance(error, Exception):
+            # Only what comes after the answer is missing.
+            return "answered"
+        if self.was_closed_by_other or not isinstance(error, Exception) or _is_misuse(error):
+            return self.stopped()
         return "broken"
+
+    def stopped(self) -> Ended:
+        """How a body has ended whose reader left, and that nobody reads on."""
+        return "held" if wants_drain(self.call.plan) else "stopped"
 
     def closes(self) -> bool:
         """Note a close. True when it ends the call: not while bytes are being pulled."""
@@ -388,12 +408,8 @@ class _Tap:
             return chunk.replace(b"data: [DONE]", b"").replace(b"data:[DONE]", b"")
         return chunk
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Let the reader see a chunk; gives what the caller may see."""
-        reader = self.reader
-        if isinstance(reader, StreamReader):
-            return reader.feed(chunk)
-        reader.feed(chunk)
+    def feed_body(self, chunk: bytes) -> bytes:
+        self.reader.feed(chunk)
         return chunk
 
 
@@ -419,13 +435,16 @@ class _SyncTap(_Tap):
         stream = self.reader if isinstance(self.reader, StreamReader) else None
         self.rest = inner
         try:
-            while True:
+            while not self.is_drained:
                 self.puller = threading.get_ident()
                 try:
                     chunk = next(inner)
                 except StopIteration:
                     break
                 except BaseException as error:
+                    if self.is_drained and isinstance(error, ValueError):
+                        # Closed while its reader goes on: somebody else pulls now.
+                        return
                     self.puller = None
                     call.finish(self.broke(error), self.content_type)
                     raise
@@ -438,6 +457,8 @@ class _SyncTap(_Tap):
                     yield shown
                 if self.is_unrecorded:
                     call.check_recorded(self.response)
+            if self.is_drained:
+                return
             self.puller = None
             if stream is not None and (withheld := stream.flush()):
                 yield withheld
@@ -449,8 +470,8 @@ class _SyncTap(_Tap):
                 self.close()
             raise
         finally:
-            self.puller = None
             if not self.is_drained:
+                self.puller = None
                 inner.close()  # type: ignore[attr-defined]  # it is a generator
 
     def close(self) -> None:
@@ -461,7 +482,7 @@ class _SyncTap(_Tap):
             if self.takes_drain():
                 threading.Thread(target=self.drain, name="metered-ai-drain", daemon=True).start()
                 return
-            self.call.enqueue("held" if wants_drain(self.call.plan) else "stopped", self.content_type)
+            self.call.enqueue(self.stopped(), self.content_type)
         self.kind.close(self.response)
 
     def drain(self) -> None:
@@ -525,13 +546,16 @@ class _AsyncTap(_Tap):
         stream = self.reader if isinstance(self.reader, StreamReader) else None
         self.rest = inner
         try:
-            while True:
+            while not self.is_drained:
                 self.puller = id(asyncio.current_task())
                 try:
                     chunk = await anext(inner)
                 except StopAsyncIteration:
                     break
                 except BaseException as error:
+                    if self.is_drained and isinstance(error, RuntimeError):
+                        # Closed while its reader goes on: somebody else pulls now.
+                        return
                     self.puller = None
                     if isinstance(error, Exception):
                         await call.afinish(self.broke(error), self.content_type)
@@ -548,6 +572,8 @@ class _AsyncTap(_Tap):
                     yield shown
                 if self.is_unrecorded:
                     call.check_recorded(self.response)
+            if self.is_drained:
+                return
             self.puller = None
             if stream is not None and (withheld := stream.flush()):
                 yield withheld
@@ -559,8 +585,8 @@ class _AsyncTap(_Tap):
                 await self.aclose()
             raise
         finally:
-            self.puller = None
             if not self.is_drained:
+                self.puller = None
                 await inner.aclose()  # type: ignore[attr-defined]  # it is an async generator
 
     async def aclose(self) -> None:
@@ -572,7 +598,7 @@ class _AsyncTap(_Tap):
                 _drains.add(task)
                 task.add_done_callback(_drains.discard)
                 return
-            self.call.enqueue("held" if wants_drain(self.call.plan) else "stopped", self.content_type)
+            self.call.enqueue(self.stopped(), self.content_type)
         await self.kind.aclose(self.response)
 
     def closes(self) -> bool:
@@ -611,6 +637,13 @@ class _AsyncTap(_Tap):
 
 _drains: set[asyncio.Task[None]] = set()
 """Keeps running drains from being collected."""
+
+
+def _is_misuse(error: Exception) -> bool:
+    """The reader's own mistake: it read twice, after a close, or from two places at once. The provider did not break off."""
+    return any(kind.__name__ == "StreamError" for kind in type(error).__mro__) or (
+        isinstance(error, ValueError | RuntimeError) and "generator" in str(error)
+    )
 
 
 def _unseen(chunk: bytes) -> bytes:

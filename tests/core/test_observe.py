@@ -1060,6 +1060,36 @@ def test_long_event_type_last(size):
     assert 7 == seen.usage.output_tokens
 
 
+def test_unannounced_stream():
+    """An event stream in a body that nobody announced as one is read as such, however long it is."""
+    reader = BodyReader(CHAT, ask(CHAT))
+    chunk = {"id": "c1", "created": 7, "model": "m", "choices": [{"delta": {"content": "word " * 50}}]}
+    for _ in range(2 * LIMIT // 250):
+        reader.feed(sse(chunk))
+    reader.feed(sse({**chunk, "choices": [], "usage": FAMILY_A}, "[DONE]"))
+    seen = reader.observation("text/event-stream")
+
+    assert (True, "c1", FAMILY_A["completion_tokens"]) == (seen.is_answer, seen.id, seen.usage.output_tokens)
+
+
+def test_long_echo():
+    """A response whose echoed request pushes its output out of both ends is an answer all the same."""
+    body = {
+        "id": "resp_1",
+        "object": "response",
+        "status": "completed",
+        "instructions": "x" * LIMIT,
+        "output": [{"type": "message", "content": []}],
+        "tools": [{"name": "y" * LIMIT}],
+        "usage": FAMILY_B,
+    }
+    reader = BodyReader(RESPONSES, ask(RESPONSES))
+    reader.feed(json.dumps(body).encode())
+    seen = reader.observation("application/json")
+
+    assert (True, "resp_1", FAMILY_B["output_tokens"]) == (seen.is_answer, seen.id, seen.usage.output_tokens)
+
+
 def test_long_chunk():
     """A chat chunk too long to be parsed is an answer, too."""
     chunk = {"id": "c1", "model": "m", "choices": [{"delta": {"audio": {"data": "x" * 2 * LIMIT}}}]}

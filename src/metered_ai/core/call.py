@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
@@ -20,11 +20,11 @@ __all__ = ["Ended", "Plan", "Policies", "ending", "place_step", "plan", "wants_d
 _ONE_CREDIT = per_call(1)
 _NO_USAGE = Usage()
 
-Ended = Literal["answered", "stopped", "held", "broken", "refused", "not_sent", "unknown"]
+Ended = Literal["answered", "stopped", "held", "broken", "refused", "not_sent", "unknown", "priceless"]
 """
 answered: a whole answer came; stopped: the consumer left early or never read; held: the same, but the hold is to be charged (a drain
 that did not reach the usage); broken: the provider broke off in mid-answer; refused: a provider's error after all retries;
-not_sent: no byte went out; unknown: no answer and no refusal.
+not_sent: no byte went out; unknown: no answer and no refusal; priceless: answered, but its price could not be worked out.
 """
 
 
@@ -116,7 +116,7 @@ def plan(
 def _hold(door: Door, request: Request, payer: Payer, pricing: Pricing, policies: Policies) -> int:
     try:
         if payer.estimate is not None and not payer.parent:
-            return check_amount(payer.estimate(request), f"the estimate for {door.name}")
+            return _estimated(door, payer.estimate, request)
         if pricing.is_fixed:
             return pricing.hold(_NO_USAGE)
         return pricing.hold(bound_usage(door, request, policies.default_max_output_tokens))
@@ -128,6 +128,19 @@ def _hold(door: Door, request: Request, payer: Payer, pricing: Pricing, policies
         raise PriceUnknownError(
             f"the pricing or estimate failed for {door.name}, model {request.model!r}: {type(error).__name__}"
         ) from error
+
+
+def _estimated(door: Door, estimate: Callable[[Request], int], request: Request) -> int:
+    try:
+        amount = estimate(request)
+    except MeteringError:
+        raise
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+        # By its name only: the function has seen the prompt, and so may what it says of its failure.
+        raise PriceUnknownError(f"the estimate for {door.name} failed: {type(error).__name__}") from None
+    if not isinstance(amount, int | float):
+        raise ConfigurationError(f"the estimate for {door.name} must be an int, not a {type(amount).__name__}")
+    return check_amount(amount, f"the estimate for {door.name}")
 
 
 def place_step(plan: Plan, hold_id: str, owner: str | None, *, lease: float, max_call: float, max_holds: int) -> Place:
@@ -198,6 +211,8 @@ def ending(
         charge = plan.amount, "held", None
         # Nobody has an answer whose id could name it.
         seen, request_id = None, None
+    elif ended == "priceless":
+        charge = plan.amount, "held", seen.usage if seen is not None else None
     elif ended == "refused":
         return _release(plan, hold_id, "provider_error", "yes")
     elif ended == "not_sent":

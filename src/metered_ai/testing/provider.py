@@ -127,7 +127,9 @@ class FakeProvider:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in tuple(self._threads):
-            thread.join(timeout=5.0)
+            # One that is just being started sees that we are closing.
+            if thread.is_alive():
+                thread.join(timeout=5.0)
         self._listener.close()
         if self._log is not None:
             self._log.close()
