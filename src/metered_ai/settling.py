@@ -299,6 +299,7 @@ class Settler:
     def replay(self) -> tuple[int, int]:
         """Try everything that waits, once. Gives how many the ledger took, and how many were parked."""
         taken = parked = 0
+        done: list[str] = []
         for kept in list(self._kept):
             try:
                 result = self._ledger.run(kept.end.step)
@@ -314,12 +315,25 @@ class Settler:
             else:
                 self._succeeded(kept.end, result)
                 if kept.key is not None:
-                    self._spool.done(kept.key)
+                    done.append(kept.key)
                 taken += 1
             with self._lock:
                 if kept in self._kept:
                     self._kept.remove(kept)
+        self._forget(done)
         return taken, parked
+
+    def _forget(self, keys: list[str]) -> None:
+        """The spool lets go of what the ledger has, once that is as safe there as it was in the spool."""
+        if not keys:
+            return
+        try:
+            self._ledger.sync()
+        except OSError as error:
+            _log.warning("the spool keeps %d steps that the ledger has, but not synced: %s", len(keys), error)
+            return
+        for key in keys:
+            self._spool.done(key)
 
     def _keep(self, kept: _Kept) -> None:
         with self._lock:

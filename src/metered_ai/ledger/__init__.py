@@ -103,6 +103,10 @@ class Ledger(Protocol):
         """Recompute every invariant from the records."""
         ...
 
+    def sync(self) -> None:
+        """Return when everything that has returned before survives power loss, whatever the durability."""
+        ...
+
     def close(self) -> None:
         """Finish what was handed over and close. Open holds stay; closing twice changes nothing."""
         ...

@@ -119,6 +119,13 @@ class Syncs(_Upkeep):
         # More commits may come; one sync serves them all.
         self._is_over.wait(_SYNC_AFTER)
         try:
+            self.sync()
+        except OSError as error:
+            _log.error("the ledger %r was not synced: %s", self._path, error)
+
+    def sync(self) -> None:
+        """Sync the log now. OSError if the disk refuses."""
+        try:
             # The log has no locks of its own, so that a second descriptor of it is harmless; of the file itself it would not be.
             descriptor = os.open(f"{self._path}-wal", os.O_RDWR)
             try:
@@ -128,5 +135,3 @@ class Syncs(_Upkeep):
         except FileNotFoundError:
             # Checkpointed and removed: everything is in the file, and synced.
             return
-        except OSError as error:
-            _log.error("the ledger %r was not synced: %s", self._path, error)
