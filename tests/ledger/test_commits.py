@@ -318,3 +318,24 @@ def test_own_errors(ledger: Counted) -> None:
     assert [BillingUnavailableError] * 2 == [type(outcome) for outcome in outcomes]
     assert outcomes[0] is not outcomes[1]
     assert str(outcomes[0]) == str(outcomes[1])
+
+
+def test_callback_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started a step is done where it is handed over, and its callback may hand over one of its own."""
+    results: list[Future[Any]] = []
+
+    class Eager(SqliteLedger):
+        def _work(self, jobs: Any) -> Any:
+            left = super()._work(jobs)
+            for job in jobs:
+                if isinstance(job.step, Record) and job.step.transaction_id == "r1":
+                    job.future.add_done_callback(lambda _: results.append(self.submit(Record("ada", "calls", "r2", 1))))
+            return left
+
+    with closing(Eager(tmp_path / "credits.db")) as ledger:
+        ledger.run(AddGrant("ada", "calls", 10, "g1"))
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        first = ledger.submit(Record("ada", "calls", "r1", 1))
+        monkeypatch.undo()
+
+        assert [True, True] == [first.done(), results[0].done()]

@@ -200,20 +200,25 @@ class Commits:
         # Whoever has the turn looks at the queue when it leaves, so that a step appended before this look is never forgotten.
         if not self._queue or self._turn:
             return
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None:
-                    thread = threading.Thread(target=self._serve, name=f"{self._name} writer", daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError:
-                        # The interpreter shuts down, or the system has no thread left: better late here than never.
-                        self._do_all()
-                        return
-                    self._thread = thread
+        if self._thread is None and not self._start():
+            # Better late here than never; and with no lock held, because a callback may come with a step of its own.
+            self._do_all()
+            return
         # One token wakes it, however many have come; no flag, because an interrupt could leave that in the wrong state.
         if self._wakeup.empty():
             self._wakeup.put(True)
+
+    def _start(self) -> bool:
+        """Start the writer thread; False where the interpreter shuts down, or the system has no thread left."""
+        with self._starting:
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name=f"{self._name} writer", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    return False
+                self._thread = thread
+        return True
 
     def _serve(self, until: Job | None = None) -> None:
         """Do what is queued whenever somebody wakes this thread; with `until`, return as soon as that job is done."""
