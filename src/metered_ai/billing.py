@@ -168,16 +168,11 @@ class Billing:
         state = state_folder()
         ledger, place = self._make_ledger()
         if keeps.spool is not None:
-            try:
-                Path(keeps.spool).mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                # Not worth refusing calls for: what a spool takes goes to the state folder then.
-                _log.warning("the spool folder cannot be made: %s", error)
             place = place_in(Path(keeps.spool), place)
         elif self._url is None or self._url == "memory://":
             # No file of its own that the spool could stand beside.
             place = place_in(state or Path.cwd(), place)
-        return ledger, Settler(ledger, Spool(place, state))
+        return ledger, Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
 
     def _make_ledger(self) -> tuple[Ledger, Path]:
         """The ledger, and a path that stands for it and for no other."""

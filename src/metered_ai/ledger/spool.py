@@ -66,17 +66,18 @@ class Spool:
     - What a dead process left is taken over by one `adopt`, never by two. A step that was done may come again; none is lost.
     - Threads and forks are allowed. A child starts empty; what is pending stays its parent's.
 
-    Nothing is opened before the first write. After `close` anybody may adopt what is pending; writing again opens a new file.
+    Nothing is opened before the first write; with `makes_folder` the place's folder is made then.
+    After `close` anybody may adopt what is pending; writing again opens a new file.
     """
 
     _pending: dict[str, _Kept]
     _files: dict[_Place, _File]
     _warned: set[Path]
 
-    def __init__(self, place: Path, fallback: Path | None = None) -> None:
+    def __init__(self, place: Path, fallback: Path | None = None, *, makes_folder: bool = False) -> None:
         # Resolved, so that a ledger has the same spool by whatever link it was opened.
         path = place.resolve()
-        self._places = [_Place(path.parent, path.name)]
+        self._places = [_Place(path.parent, path.name, is_made=makes_folder)]
         if fallback is not None:
             other = place_in(fallback, path)
             self._places.append(_Place(other.parent, other.name, is_made=True))
