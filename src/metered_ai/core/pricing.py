@@ -337,11 +337,11 @@ def _load(request: Request) -> _Load:
     """Walk the body once, without recursion: a body may be nested deeper than the stack, or contain itself."""
     load = _Load()
     takes_ids = request.endpoint in ("embeddings", "completions")
-    todo: list[object] = [{name: value for name, value in request.body.items() if name not in _NOT_TEXT}]
+    unread: list[object] = [{name: value for name, value in request.body.items() if name not in _NOT_TEXT}]
     for _ in range(_MAX_PARTS):
-        if not todo:
+        if not unread:
             break
-        value = todo.pop()
+        value = unread.pop()
         if isinstance(value, str):
             load.write(value)
         elif value is None or isinstance(value, bool):
@@ -352,25 +352,25 @@ def _load(request: Request) -> _Load:
             load.tokens += len(repr(value))
         elif isinstance(value, Mapping):
             load.items += 1
-            _mapping(load, value, todo)
+            _mapping(load, value, unread)
         elif isinstance(value, (list, tuple, set, frozenset)):
             parts = cast("list[object]", value)
             if takes_ids and isinstance(value, (list, tuple)) and parts and type(parts[0]) is int:
                 load.tokens += len(parts)
             else:
                 load.items += len(parts)
-                todo.extend(parts)
+                unread.extend(parts)
         elif isinstance(value, (bytes, bytearray)):
             load.media += min(len(value), FILE_TOKENS)
         elif callable(dump := getattr(value, "model_dump", None)):
             # Messages of earlier answers are often put back as the SDK's own objects.
             dumped = dump()
             if isinstance(dumped, Mapping):
-                todo.append(dumped)
+                unread.append(dumped)
     return load
 
 
-def _mapping(load: _Load, part: Mapping[Any, Any], todo: list[object]) -> None:
+def _mapping(load: _Load, part: Mapping[Any, Any], unread: list[object]) -> None:
     kind = part.get("type")
     for name, value in part.items():
         if value is None:
@@ -396,7 +396,7 @@ def _mapping(load: _Load, part: Mapping[Any, Any], todo: list[object]) -> None:
         ):
             load.held += REFERENCE_TOKENS
         else:
-            todo.append(value)
+            unread.append(value)
 
 
 def _image(detail: object) -> int:
