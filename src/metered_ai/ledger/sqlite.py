@@ -43,7 +43,8 @@ class SqliteLedger(Reading):
     Keeps credits in one SQLite file, for any number of threads, event loops and processes of one machine.
 
     The file is opened at the first use and created (readable by its owner only) if its folder exists. What `durability` "full"
-    acknowledges survives a power loss; "relaxed" may lose the last 20 ms then, and nothing when only the process dies.
+    acknowledges survives a power loss; "relaxed" may lose the last moments then (about 20 ms, more on a busy
+    machine or disk), and nothing when only the process dies.
     `hold_patience` and `settle_patience` are seconds to wait for a lock that another process holds: before a call, and after
     it. `clock` gives microseconds since 1970, UTC.
 

@@ -109,7 +109,7 @@ class Checkpoints(_Upkeep):
 
 
 class Syncs(_Upkeep):
-    """Makes commits durable within 20 ms after it is woken, for durability "relaxed"."""
+    """Makes commits durable some 20 ms after it is woken, later where the machine or the disk is busy, for durability "relaxed"."""
 
     def __init__(self, path: str) -> None:
         super().__init__("metered_ai syncs")
