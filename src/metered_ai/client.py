@@ -257,9 +257,6 @@ class _Shared:
                 copied._http = self._http
             return copied
 
-        # The SDK binds this name to its own copy, which would build clients without billing.
-        with_options = copy
-
         @cached_property
         def responses(self) -> Any:
             return self._shut(super().responses)
@@ -563,4 +560,5 @@ if not TYPE_CHECKING:
         (AsyncMeteredAzureOpenAI, AsyncAzureOpenAI),
     ):
         _metered.__init__ = _with_sdk_keywords(_Shared.__init__, _bare.__init__)
+        # The SDK binds the second name to its own copy, which would build clients without billing.
         _metered.copy = _metered.with_options = _with_sdk_keywords(_Shared.copy, _bare.copy)
