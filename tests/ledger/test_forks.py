@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from metered_ai.core.steps import AddGrant, Place, Record, Settle
+from metered_ai.errors import BillingUnavailableError
 from metered_ai.ledger.memory import MemoryLedger
 from metered_ai.ledger.sqlite import SqliteLedger
 
@@ -129,6 +130,27 @@ def test_threads_go_on(ledger: SqliteLedger) -> None:
     assert sum(counts) + 2 * forks == ledger.balance("ada", "calls").used
     assert ledger.verify().is_sound
     print(f"{forks} forks among {sum(counts)} holds and settles")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux shows what a process has open")
+def test_closed_after_failures(ledger: SqliteLedger) -> None:
+    """A statement that failed keeps no file open through a fork: a child would believe to have its locks."""
+    ledger._hold_patience = 0.0
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(BillingUnavailableError, match="locked"):
+            ledger.run(Place("h1", "ada", "calls", 1, "p1"))
+
+    ledger.before_fork()
+    try:
+        found = [
+            os.readlink(entry.path)
+            for entry in os.scandir("/proc/self/fd")
+            if entry.is_symlink() and os.path.exists(entry.path)
+        ]
+        assert [] == [name for name in found if name.startswith(ledger.path)]
+    finally:
+        ledger.after_fork_in_parent()
 
 
 def test_parent_gone(tmp_path: Path) -> None:

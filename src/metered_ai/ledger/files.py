@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError, MeteringError, SchemaTooNewError
 from .statements import read_migration
@@ -136,6 +138,29 @@ def check_identity(path: str, identity: Identity | None) -> Identity:
     return found
 
 
+class _Connection(sqlite3.Connection):
+    """
+    A connection that is closed when `close` returns, whatever still refers to one of its cursors.
+
+    SQLite keeps the file open for a statement that nobody has finished, and a cursor keeps the one that failed last. A child that
+    is forked meanwhile believes to have the locks of that file.
+    """
+
+    _cursors: weakref.WeakSet[sqlite3.Cursor] | None = None
+
+    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
+        if self._cursors is None:
+            self._cursors = weakref.WeakSet()
+        cursor = super().cursor(factory)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in list(self._cursors or ()):
+            cursor.close()
+        super().close()
+
+
 def connect(path: str, *, patience: float = 0.0) -> sqlite3.Connection:
     """A connection with our settings and explicit transactions, usable from any thread. Reads nothing yet."""
     # mode=rw: SQLite must not create a file where one has vanished.
@@ -146,6 +171,7 @@ def connect(path: str, *, patience: float = 0.0) -> sqlite3.Connection:
         isolation_level=None,
         check_same_thread=False,
         cached_statements=256,
+        factory=_Connection,
     )
 
 
