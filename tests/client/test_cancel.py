@@ -250,9 +250,22 @@ def test_cancelled_group(provider, ledger, make_billing):
 
 @pytest.fixture
 def interrupts():
-    """SIGINT raises KeyboardInterrupt in this thread, as in any program."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    """SIGINT raises KeyboardInterrupt in this thread, as in any program; once, however often it comes."""
+    is_raised = threading.Event()
+
+    def handle(number, frame):
+        if not is_raised.is_set():
+            is_raised.set()
+            signal.default_int_handler(number, frame)
+
+    def interrupt():
+        # Again, like a person: a signal right before a system call wakes nobody from it.
+        while not is_raised.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            is_raised.wait(0.05)
+
+    before = signal.signal(signal.SIGINT, handle)
+    yield interrupt
     signal.signal(signal.SIGINT, before)
 
 
