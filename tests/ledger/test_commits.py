@@ -307,8 +307,10 @@ def test_locked_in_the_middle(ledger: Counted) -> None:
     assert 3 == ledger.balance("ada", "calls").used
 
 
-def test_own_errors(ledger: Counted) -> None:
+def test_own_errors(ledger: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that fail together have an error each, so that tracebacks do not mix."""
+    # Looked for at each step, and not only after some time.
+    monkeypatch.setattr("metered_ai.ledger.sqlite._RECHECK_AFTER", 0)
     ledger.run(record(0))
     aside = Path(ledger.path + ".aside")
     Path(ledger.path).rename(aside)

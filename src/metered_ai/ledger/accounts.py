@@ -31,6 +31,8 @@ __all__ = [
 
 SQL = read_statements("steps.sql")
 
+_NUMBERS_AT_MOST = 10_000
+
 Execute = Callable[[str, Sequence[Any]], sqlite3.Cursor]
 """Runs one statement."""
 
@@ -135,12 +137,17 @@ class Accounts:
     a step was cut in the middle, and the transaction must be rolled back.
     """
 
-    def __init__(self, execute: Execute, connection: sqlite3.Connection) -> None:
+    def __init__(self, execute: Execute, run: Execute, connection: sqlite3.Connection) -> None:
         self._execute = execute
+        # The same for statements with plain parameters, and faster.
+        self._run = run
         self._connection = connection
         self.mark = 0
         # Owners' numbers and how long their leases last at least; true as long as nothing is rolled back.
         self._leases: dict[str, tuple[int, int]] = {}
+        # Accounts' numbers, which never change; and those that were seen to be unlimited, which the statement that trusts it checks.
+        self._numbers: dict[tuple[str, str], int] = {}
+        self._unlimited: set[int] = set()
         self._narrow: dict[tuple[Any, ...], str] = {}
 
     # Holds
@@ -148,6 +155,7 @@ class Accounts:
     def forget(self) -> None:
         """Forget what a rolled back transaction may have taught."""
         self._leases.clear()
+        self._numbers.clear()
 
     def _use_hold(self, account: Account, hold: OpenHold, spent: int) -> None:
         """Take an open hold off the account and count what it cost; the caller saves the account."""
@@ -222,7 +230,7 @@ class Accounts:
         if narrow is None:
             absent = [len(always) + position for position, given in enumerate(is_given) if not given]
             narrow = self._narrow[shape] = narrowed(SQL[statement], absent)
-        self._execute(narrow, [*always, *compress(perhaps, is_given)])
+        self._run(narrow, (*always, *compress(perhaps, is_given)))
 
     def _take_number(self, account: Account, operation: str, scope: str, number: int, *, is_kept: bool = False) -> None:
         key = (account.no, operation, scope)
@@ -255,6 +263,10 @@ class Accounts:
         if not rows:
             return None
         account = Account.of(customer, meter, rows[0])
+        if len(self._numbers) >= _NUMBERS_AT_MOST:
+            self._numbers.clear()
+        self._numbers[customer, meter] = account.no
+        (self._unlimited.add if account.is_unlimited else self._unlimited.discard)(account.no)
         self._apply_expiries(account, now)
         return account
 

@@ -54,6 +54,9 @@ TOMBSTONE_KEPT = 7 * 86_400 * _SECOND
 """How long the id of a hold that was released before it was placed stays refused, in microseconds."""
 _PRUNED_AT_ONCE = 500
 _ORPHANS_AT_ONCE = 1_000
+_NO_LEASE = (0, 0)
+_RESERVE = SQL["reserve_fast"]
+_RESERVE_UNLIMITED = SQL["reserve_unlimited_fast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ class _Number(NamedTuple):
 class Book(Settles):
     """Does steps, each as far as its rows go; the transaction is the caller's."""
 
-    def __init__(self, execute: Execute, connection: sqlite3.Connection) -> None:
-        super().__init__(execute, connection)
+    def __init__(self, execute: Execute, run: Execute, connection: sqlite3.Connection) -> None:
+        super().__init__(execute, run, connection)
         self._ways: dict[type, Callable[[Any, int], Any]] = {
             Place: self._place,
             Enlarge: self._enlarge,
@@ -100,49 +103,42 @@ class Book(Settles):
     # Place
 
     def _place(self, step: Place, now: int) -> Hold:
-        if step.operation is not None:
+        account_no = self._numbers.get((step.customer, step.meter))
+        if account_no is None or step.operation is not None:
             return self._place_slowly(step, now)
-        rows = self._execute(
-            SQL["place_fast"], (step.customer, step.meter, step.hold_id, step.amount, now, step.max_holds)
-        ).fetchall()
-        if not rows:
-            return self._place_slowly(step, now)
+        owner_no = lease_until = None
+        if step.owner is not None:
+            owner_no, lease_until = self._leases.get(step.owner, _NO_LEASE)
+            if lease_until < now + int(step.lease * _SECOND) * 2 // 3:
+                return self._place_slowly(step, now)
 
-        account_no, is_unlimited = rows[0]
         properties = packed(step.properties)
-        owner_no, lease_until = self._lease(step.owner, int(step.lease * _SECOND), now)
+        amount, hold_id = step.amount, step.hold_id
+        is_unlimited = account_no in self._unlimited
+        reserved = self._run(
+            _RESERVE_UNLIMITED if is_unlimited else _RESERVE,
+            (amount, account_no, amount, amount, now, step.customer, step.max_holds, hold_id, hold_id, hold_id),
+        )
+        if reserved.rowcount != 1:
+            return self._place_slowly(step, now)
         ends_at = now + int(step.max_call * _SECOND)
-        reserve = SQL["reserved_unlimited"] if is_unlimited else SQL["reserved"]
-        if self._execute(reserve, (account_no, step.amount)).rowcount != 1:
-            raise RuntimeError(f"account {account_no} changed under a write lock")
         self._insert(
             "new_open_hold",
-            (account_no, step.hold_id, step.amount, is_unlimited, 0, now, ends_at, step.on_unknown),
-            (
-                owner_no,
-                None,
-                None,
-                None,
-                None,
-                step.parent,
-                step.endpoint,
-                step.model,
-                step.price_slug,
-                properties,
-            ),
+            (account_no, hold_id, amount, is_unlimited, 0, now, ends_at, step.on_unknown),
+            (owner_no, None, None, None, None, step.parent, step.endpoint, step.model, step.price_slug, properties),
         )
         return Hold(
-            id=step.hold_id,
-            customer=step.customer,
-            meter=step.meter,
-            amount=step.amount,
-            state="open",
-            placed_at=moment(now),
-            expires_at=moment(ends_at if lease_until is None else min(ends_at, lease_until)),
+            hold_id,
+            step.customer,
+            step.meter,
+            amount,
+            "open",
+            moment(now),
+            moment(ends_at if lease_until is None else min(ends_at, lease_until)),
             endpoint=step.endpoint,
             model=step.model,
             parent=step.parent,
-            is_unlimited=bool(is_unlimited),
+            is_unlimited=is_unlimited,
         )
 
     def _place_slowly(self, step: Place, now: int) -> Hold:
@@ -345,7 +341,7 @@ class Book(Settles):
 
     def _renew(self, step: Renew, now: int) -> int:
         no = self._renew_owner(step.owner, now + int(step.lease * _SECOND))
-        self._leases.pop(step.owner, None)
+        self._leases[step.owner] = (no, now + int(step.lease * _SECOND))
         return cast("int", self._execute(SQL["holds_of_owner"], (no,)).fetchall()[0][0])
 
     def _renew_owner(self, owner: str, lease_until: int) -> int:

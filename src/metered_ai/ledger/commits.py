@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-__all__ = ["Commits", "Job"]
+__all__ = ["Commits", "Job", "Locked"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
@@ -29,6 +29,10 @@ _FIRST_WAIT = 0.0005
 _LONGEST_WAIT = 0.005
 
 
+class Locked(Exception):  # noqa: N818  It is no failure: the step waits.
+    """Another process has the ledger; nothing was done."""
+
+
 class Job:
     """One step, how long it may wait for a lock, and in the end its result or error."""
 
@@ -37,11 +41,18 @@ class Job:
     def __init__(self, step: Any, patience: float) -> None:
         self.step = step
         self.patience = patience
-        self.since = time.monotonic()
+        self.since = 0.0
         self.result: Any = None
         self.error: Exception | None = None
         self.is_done = False
         self.lock: Any = None
+
+    def note(self, outcome: object) -> None:
+        """Keep what the step came to, a result or an error."""
+        if isinstance(outcome, Exception):
+            self.result, self.error = None, outcome
+        else:
+            self.result, self.error = outcome, None
 
     def finish(self) -> None:
         """Tell whoever waits. The result or the error is set."""
@@ -105,16 +116,27 @@ class _OneOfSeveral(Job):
 
 class Commits:
     """
-    Gives steps to `work`, which does jobs as one transaction and sets their results.
+    Gives steps to `work`, which does jobs as one transaction and sets their results, or one step to `alone`, which returns its result.
 
-    `work` returns the jobs it could not begin because somebody else has the ledger locked; `locked` makes the error of one that
-    has waited long enough for that.
+    Where somebody else has the ledger locked, `work` returns the jobs it could not begin, and `alone` raises Locked; `locked` makes
+    the error of a job that has waited long enough for that. Where nothing is gained by sharing a transaction (`shares` False),
+    every caller who waits anyway does its own step, one after another by `alone`'s own lock.
     """
 
-    def __init__(self, work: Callable[[list[Job]], list[Job]], locked: Callable[[Job], Exception], name: str) -> None:
+    def __init__(
+        self,
+        alone: Callable[[Any], Any],
+        work: Callable[[list[Job]], list[Job]],
+        locked: Callable[[Job], Exception],
+        name: str,
+        *,
+        shares: bool,
+    ) -> None:
+        self._alone = alone
         self._work = work
         self._locked = locked
         self._name = name
+        self._shares = shares
         self.reset()
 
     def reset(self) -> None:
@@ -128,25 +150,35 @@ class Commits:
 
     def run(self, step: Any, patience: float) -> Any:
         """Do one step and return its result, or raise its error."""
-        job = Job(step, patience)
         try:
-            if not self._queue and self._turn.setdefault(0, job) is job and not self._work([job]):
-                job.is_done = True
-        finally:
-            # Twice, so that a second KeyboardInterrupt in the middle of this cannot keep the turn for ever.
+            if not self._shares:
+                return self._alone(step)
+            holder = object()
             try:
-                self._leave(job)
+                if not self._queue and self._turn.setdefault(0, holder) is holder:
+                    return self._alone(step)
             finally:
-                self._leave(job)
-        if not job.is_done:
-            job.lock = _thread.allocate_lock()
+                # Twice, so that a second KeyboardInterrupt in the middle of this cannot keep the turn for ever.
+                try:
+                    self._leave(holder)
+                finally:
+                    self._leave(holder)
+        except Locked:
+            # Whoever waits for another process waits in the queue, so that the first who came is the first who goes.
+            return self._share(step, patience)
+        return self._share(step, patience)
+
+    def _share(self, step: Any, patience: float) -> Any:
+        """Leave a step to the writer thread and wait for it."""
+        job = Job(step, patience)
+        job.lock = _thread.allocate_lock()
+        job.lock.acquire()
+        self._hand_over(job)
+        if self._thread is not None and self._thread.ident == _thread.get_ident():
+            # A callback of a future, run by the writer itself: nobody else would do the step.
+            self._serve(job)
+        else:
             job.lock.acquire()
-            self._hand_over(job)
-            if self._thread is not None and self._thread.ident == _thread.get_ident():
-                # A callback of a future, run by the writer itself: nobody else would do the step.
-                self._serve(job)
-            else:
-                job.lock.acquire()
         if job.error is not None:
             raise job.error
         return job.result
@@ -161,9 +193,12 @@ class Commits:
         group = _Several(len(steps))
         if not steps:
             group.future.set_result([])
+        now = time.monotonic()
         for index, (step, patience, error) in enumerate(steps):
             if error is None:
-                self._queue.append(_OneOfSeveral(step, patience, group, index))
+                job = _OneOfSeveral(step, patience, group, index)
+                job.since = now
+                self._queue.append(job)
             else:
                 group.note(index, error)
         self._wake()
@@ -187,6 +222,7 @@ class Commits:
         self._thread = None
 
     def _hand_over(self, job: Job) -> None:
+        job.since = time.monotonic()
         self._queue.append(job)
         self._wake()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.checks import check_amount, check_name
 from ..core.steps import AddGrant, Enlarge, Place, Record, Release, Renew, Revoke, Settle, SetUnlimited, Step
+from ..records import MAX_AMOUNT
 from .rows import microseconds
 
 __all__ = ["ID_LIMIT", "check"]
@@ -30,13 +31,18 @@ def check(step: Step) -> None:
 
 
 def _place(step: Place) -> None:
-    _account(step)
-    check_name(step.hold_id, "hold_id", ID_LIMIT)
-    check_amount(step.amount, "amount")
-    _seconds(step.lease, "lease")
-    _seconds(step.max_call, "max_call")
-    if step.owner is not None and (type(step.owner) is not str or step.owner not in _known):
-        _known_name(step.owner, "owner", ID_LIMIT)
+    lease, max_call, owner = step.lease, step.max_call, step.owner
+    # What every call brings is looked at here first; the functions below tell what is wrong with anything else.
+    if not (
+        _is_plain(step) and type(lease) is float and 0 < lease < 1e9 and type(max_call) is float and 0 < max_call < 1e9
+    ):
+        _account(step)
+        check_name(step.hold_id, "hold_id", ID_LIMIT)
+        check_amount(step.amount, "amount")
+        _seconds(lease, "lease")
+        _seconds(max_call, "max_call")
+    if owner is not None and (type(owner) is not str or owner not in _known):
+        _known_name(owner, "owner", ID_LIMIT)
     if step.operation is not None:
         check_name(step.operation, "transaction_id", ID_LIMIT)
     if step.scope is not None:
@@ -49,6 +55,23 @@ def _place(step: Place) -> None:
         raise ValueError(f"max_holds must be an int above 0, not {step.max_holds!r}")
 
 
+def _is_plain(step: Place | Settle) -> bool:
+    """True for names that were checked before, an id of ours and a sound amount."""
+    customer, meter, hold_id, amount = step.customer, step.meter, step.hold_id, step.amount
+    return (
+        type(customer) is str
+        and customer in _known
+        and type(meter) is str
+        and meter in _known
+        and type(hold_id) is str
+        and len(hold_id) <= ID_LIMIT
+        and hold_id.isalnum()
+        and hold_id.isascii()
+        and type(amount) is int
+        and 0 <= amount <= MAX_AMOUNT
+    )
+
+
 def _enlarge(step: Enlarge) -> None:
     _account(step)
     check_name(step.hold_id, "hold_id", ID_LIMIT)
@@ -56,10 +79,11 @@ def _enlarge(step: Enlarge) -> None:
 
 
 def _settle(step: Settle) -> None:
-    _account(step)
-    check_name(step.hold_id, "hold_id", ID_LIMIT)
+    if not _is_plain(step):
+        _account(step)
+        check_name(step.hold_id, "hold_id", ID_LIMIT)
+        check_amount(step.amount, "amount")
     check_name(step.transaction_id, "transaction_id", ID_LIMIT)
-    check_amount(step.amount, "amount")
     if step.basis not in _BASES:
         raise _not_one_of(step.basis, "basis", _BASES)
     if step.kind not in _KINDS:

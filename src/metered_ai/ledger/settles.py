@@ -17,17 +17,24 @@ __all__ = ["Settles"]
 _log = logging.getLogger("metered_ai.ledger")
 
 
+_SETTLE = SQL["settle_fast"]
+_TAKEN = SQL["open_hold_taken"]
+_USED = SQL["used"]
+_USED_UNLIMITED = SQL["used_unlimited"]
+
+
 class Settles(Accounts):
     """The step Settle; and grants, which a correction may give."""
 
     def _settle(self, step: Settle, now: int) -> Settled:
-        rows = self._execute(
-            SQL["settle_fast"], (step.customer, step.meter, step.hold_id, now, step.transaction_id, step.amount)
-        ).fetchall()
+        account_no = self._numbers.get((step.customer, step.meter))
+        if account_no is None:
+            return self._settle_slowly(step, now)
+        rows = self._run(_SETTLE, (step.hold_id, account_no, now, step.amount, step.transaction_id)).fetchall()
         if not rows:
             return self._settle_slowly(step, now)
 
-        account_no, held, is_unlimited, own, events, last_event_at = rows[0]
+        held, is_unlimited, own, events, last_event_at = rows[0]
         name = own or step.transaction_id
         created_at = max(now, last_event_at + 1)
         properties = packed(step.properties)
@@ -56,25 +63,24 @@ class Settles(Accounts):
                 *usage_columns(step.usage),
             ),
         )
-        self._execute(SQL["open_hold_taken"], (account_no, step.hold_id))
-        used = SQL["used_unlimited"] if is_unlimited else SQL["used"]
-        self._execute(used, (account_no, step.amount, held, events + 1, created_at))
+        self._run(_TAKEN, (account_no, step.hold_id))
+        self._run(_USED_UNLIMITED if is_unlimited else _USED, (step.amount, held, events + 1, created_at, account_no))
         event = UsageEvent(
-            customer=step.customer,
-            meter=step.meter,
-            transaction_id=name,
-            amount=step.amount,
-            created_at=moment(created_at),
-            basis=step.basis,
-            kind=step.kind,
-            hold_id=step.hold_id,
-            usage=step.usage,
-            request_id=step.request_id,
-            attempts=step.attempts,
-            properties=unpacked(properties),
-            price_slug=step.price_slug,
-            parent=step.parent,
-            is_unlimited=bool(is_unlimited),
+            step.customer,
+            step.meter,
+            name,
+            step.amount,
+            moment(created_at),
+            step.basis,
+            step.kind,
+            step.hold_id,
+            step.usage,
+            step.request_id,
+            step.attempts,
+            unpacked(properties),
+            step.price_slug,
+            step.parent,
+            is_unlimited == 1,
         )
         return Settled(event, "settled")
 

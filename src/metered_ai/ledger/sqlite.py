@@ -17,7 +17,7 @@ from ..core.steps import AddGrant, Enlarge, Place, Record, Renew, Revoke, Settle
 from ..errors import BillingUnavailableError, ConfigurationError, MeteringError
 from . import Outcomes, files
 from .book import TOMBSTONE_KEPT, Book, Sweep
-from .commits import Commits, Job
+from .commits import Commits, Job, Locked
 from .forks import FORK_PATIENCE, inherited, ledgers
 from .inputs import check
 from .reading import Fetch, Reading, rows_of
@@ -77,7 +77,8 @@ class SqliteLedger(Reading):
         self._is_closed = False
         self._is_shut = False
         self._is_torn = False
-        self._commits = Commits(self._work, self._locked, "metered_ai")
+        # Without an fsync there is little to share, and handing a step to another thread costs as much as doing it.
+        self._commits = Commits(self._alone, self._work, self._locked, "metered_ai", shares=durability == "full")
         self._quiet: list[Slot] = []
         self._start()
         ledgers.add(self)
@@ -111,8 +112,12 @@ class SqliteLedger(Reading):
     def run(self, step: Step, /) -> StepResult:
         """Do one step and return its result. A lone caller's step runs in its own thread; contended callers share a commit."""
         check(step)
-        self._check_open()
-        return cast("StepResult", self._commits.run(step, self._patience(step)))
+        if self._is_closed or self._is_torn or self._pid != os.getpid():
+            self._check_open()
+        return cast(
+            "StepResult",
+            self._commits.run(step, self._hold_patience if type(step) in _HOLDS else self._settle_patience),
+        )
 
     def submit(self, step: Step, /) -> Future[StepResult]:
         """Hand one step over and return at once. Never blocks; the step is done even if nobody waits for it."""
@@ -197,60 +202,79 @@ class SqliteLedger(Reading):
             parameters = statement.spread(parameters)
         return self._cursor.execute(statement, parameters)
 
+    def _alone(self, step: Step | Sweep) -> object:
+        """Do one step in a transaction of its own. Locked, with nothing done, if another process has the ledger."""
+        with self._writer.lock:
+            try:
+                (outcome,) = self._transact((step,))
+            except Exception as error:  # noqa: BLE001  The caller is told; the writer lives on.
+                if files.is_locked(error):
+                    raise Locked from None
+                outcome = self._failed(error)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     def _work(self, jobs: list[Job]) -> list[Job]:
-        """Do jobs in one transaction; return those that could not begin because the ledger is locked."""
+        """Do jobs in one transaction; return those that could not begin because another process has the ledger."""
         with self._writer.lock:
             groups = [jobs]
             while groups:
+                group = groups[0]
                 try:
-                    self._ready()
-                    if self._transact(groups[0]):
-                        groups = groups[1:]
-                    else:
-                        # One of them was cut in the middle: each by itself then, so that it fails alone.
-                        groups = [[job] for job in jobs]
+                    outcomes = self._transact([job.step for job in group])
                 except Exception as error:  # noqa: BLE001  Each caller is told; the writer lives on.
                     if files.is_locked(error):
                         return [job for group in groups for job in group]
-                    self._fail(groups[0], error)
+                    failed = self._failed(error)
+                    # One for each, because each caller's traceback is written into its own.
+                    outcomes = [copy(failed) if isinstance(failed, MeteringError) else failed for _ in group]
+                if outcomes:
+                    for job, outcome in zip(group, outcomes, strict=True):
+                        job.note(outcome)
                     groups = groups[1:]
+                else:
+                    # One of them was cut in the middle: each by itself then, so that it fails alone.
+                    groups = [[job] for job in group]
         return []
 
-    def _transact(self, jobs: list[Job]) -> bool:
-        """Do jobs in one transaction; False, with nothing done, if one of several was cut in the middle."""
+    def _transact(self, steps: Sequence[Step | Sweep]) -> Sequence[object]:
+        """Do steps in one transaction and give their results or errors; nothing, and nothing done, if one of several was cut in the middle."""
+        if self._writer.connection is None or self._is_shut or time.monotonic() >= self._recheck_at:
+            self._ready()
         connection = cast("sqlite3.Connection", self._writer.connection)
-        book = self._book
         if connection.in_transaction:
             # A KeyboardInterrupt fell between a BEGIN and its handler.
             self._roll_back()
         is_durable = False
-        for job in jobs:
-            step = job.step
+        for step in steps:
             if type(step) in _DURABLE or (type(step) is Place and step.on_unknown == "charge"):
                 is_durable = True
                 break
-        self._set_synchronous(connection, is_durable and self._durability == "full")
+        if (is_durable and self._durability == "full") is not self._is_full:
+            self._set_synchronous(connection, not self._is_full)
+        book, run = self._book, self._run
+        outcomes: list[object] = []
         is_committed = False
         try:
-            self._execute("BEGIN IMMEDIATE")
-            now = self.now()
-            for job in jobs:
-                job.result = job.error = None
+            run("BEGIN IMMEDIATE")
+            now = time.time_ns() // 1000 if self._clock is None else self._clock()
+            for step in steps:
                 try:
-                    job.result = book.do(job.step, now)
+                    outcomes.append(book.do(step, now))
                 except Exception as error:
                     if book.mark != connection.total_changes or _concerns_all(error):
-                        if len(jobs) > 1 and not _concerns_all(error):
-                            return False
+                        if len(steps) > 1 and not _concerns_all(error):
+                            return ()
                         raise
-                    job.error = self._told(error)
-            self._execute("COMMIT")
+                    outcomes.append(self._told(error))
+            run("COMMIT")
             is_committed = True
         finally:
             if not is_committed:
                 self._roll_back()
-        self._upkeep(is_durable, len(jobs))
-        return True
+        self._upkeep(is_durable, len(steps))
+        return outcomes
 
     def _roll_back(self) -> None:
         self._book.forget()
@@ -267,21 +291,18 @@ class SqliteLedger(Reading):
             self._checkpoints.wake()
 
     def _set_synchronous(self, connection: sqlite3.Connection, is_full: bool) -> None:
-        if is_full != self._is_full:
-            # Noted before it is taken away and after it was given: a KeyboardInterrupt in between must not leave a settle unsynced.
-            self._is_full = False
-            # As a script, which is parsed each time: a prepared PRAGMA would be remembered and not applied again.
-            connection.executescript(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
-            self._is_full = is_full
+        # Noted before it is taken away and after it was given: a KeyboardInterrupt in between must not leave a settle unsynced.
+        self._is_full = False
+        # As a script, which is parsed each time: a prepared PRAGMA would be remembered and not applied again.
+        connection.executescript(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
+        self._is_full = is_full
 
-    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        for job in jobs:
-            job.result = None
-            # One for each, because each caller's traceback is written into its own.
-            job.error = self._told(copy(error) if isinstance(error, MeteringError) and len(jobs) > 1 else error)
+    def _failed(self, error: Exception) -> Exception:
+        """What a failed transaction's error is for its callers."""
         if isinstance(error, sqlite3.Error) and files.is_broken(error):
             # What the connection remembers of the file may be wrong now.
             self._close_slot(self._writer)
+        return self._told(error)
 
     def _told(self, error: Exception) -> Exception:
         """What a step's error is for its caller."""
@@ -333,9 +354,9 @@ class SqliteLedger(Reading):
             raise BillingUnavailableError(f"the ledger {self.path!r} is closed")
 
     def _check_file(self) -> None:
-        """Be sure that the file is there, and now and then that it is the same one (which costs more to ask)."""
+        """Be sure, now and then, that the file is there and the same one: asking costs as much as a statement."""
         now = time.monotonic()
-        if now >= self._recheck_at or not os.access(self.path, os.F_OK):
+        if now >= self._recheck_at:
             files.check_identity(self.path, self._identity)
             self._recheck_at = now + _RECHECK_AFTER
 
@@ -363,7 +384,10 @@ class SqliteLedger(Reading):
         """Write through this connection. One cursor serves all statements, because the rows of each are fetched at once."""
         self._writer.connection = connection
         self._cursor = connection.cursor()
-        self._book = Book(self._execute, connection)
+        # A statement with plain parameters needs no step between, unless somebody watches.
+        is_watched = type(self)._execute is not SqliteLedger._execute
+        self._run = self._execute if is_watched else self._cursor.execute
+        self._book = Book(self._execute, self._run, connection)
 
     def _open_patiently(self) -> None:
         """Have the file open, for a reader."""

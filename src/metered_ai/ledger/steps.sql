@@ -1,53 +1,57 @@
 -- What steps do. Each statement stands under its name; ?1, ?2 … are its parameters, in order.
--- Names ending in _fast look whether a step may go its usual way; nothing has been written where it may not.
+-- Names ending in _fast go, or look for, a step's usual way; nothing has been written where it may not go that way. They and what
+-- follows them have plain parameters, because nothing puts those of the usual way in order.
 -- Of the INSERTs a narrower form is made where values are NULL: binding a None costs more than storing a column.
 
--- name: place_fast
-SELECT a.no, a.is_unlimited
-FROM account AS a
-WHERE a.customer = ?1 AND a.meter = ?2
-    AND (a.is_unlimited OR a.credit_limit - a.used - a.held >= ?4 OR ?4 = 0)
-    AND a.unlimited_held <= 4611686018427387904 - ?4
-    AND (a.next_expiry IS NULL OR a.next_expiry > ?5)
-    AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?1) < ?6
-    AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = a.no AND h.hold_id = ?3)
-    AND NOT EXISTS (SELECT 1 FROM ended_hold AS e WHERE e.account_no = a.no AND e.hold_id = ?3)
+-- name: reserve_fast
+-- Checks and reserves in one.
+UPDATE account SET held = held + ?, open_holds = open_holds + 1
+WHERE no = ? AND NOT is_unlimited
+    AND (credit_limit - used - held >= ? OR ? = 0)
+    AND (next_expiry IS NULL OR next_expiry > ?)
+    AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?
+    AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = account.no AND h.hold_id = ?)
+    AND NOT EXISTS (SELECT 1 FROM ended_hold AS e WHERE e.account_no = account.no AND e.hold_id = ?)
     AND NOT EXISTS (
         SELECT 1 FROM usage_event AS u
-        WHERE u.hold_id = ?3 AND u.account_no = a.no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
+        WHERE u.hold_id = ? AND u.account_no = account.no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
     )
 
--- name: reserved
--- Checks and reserves in one, whatever was read before.
-UPDATE account SET held = held + ?2, open_holds = open_holds + 1
-WHERE no = ?1 AND NOT is_unlimited AND (credit_limit - used - held >= ?2 OR ?2 = 0)
-
--- name: reserved_unlimited
-UPDATE account SET unlimited_held = unlimited_held + ?2, open_holds = open_holds + 1 WHERE no = ?1 AND is_unlimited
-
--- name: settle_fast
-SELECT a.no, h.amount, h.is_unlimited, h.transaction_id, a.events, a.last_event_at
-FROM account AS a
-JOIN open_hold AS h ON h.account_no = a.no AND h.hold_id = ?3
-WHERE a.customer = ?1 AND a.meter = ?2
-    AND NOT h.is_repeat
-    AND a.kept = 0
-    AND (a.next_expiry IS NULL OR a.next_expiry > ?4)
-    AND a.used <= 4611686018427387904 - ?6
-    AND a.unlimited_used <= 4611686018427387904 - ?6
+-- name: reserve_unlimited_fast
+UPDATE account SET unlimited_held = unlimited_held + ?, open_holds = open_holds + 1
+WHERE no = ? AND is_unlimited
+    AND unlimited_held <= 4611686018427387904 - max(?, ?)
+    AND (next_expiry IS NULL OR next_expiry > ?)
+    AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?
+    AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = account.no AND h.hold_id = ?)
+    AND NOT EXISTS (SELECT 1 FROM ended_hold AS e WHERE e.account_no = account.no AND e.hold_id = ?)
     AND NOT EXISTS (
         SELECT 1 FROM usage_event AS u
-        WHERE u.account_no = a.no AND u.transaction_id = coalesce(h.transaction_id, ?5)
+        WHERE u.hold_id = ? AND u.account_no = account.no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
+    )
+
+-- name: settle_fast
+SELECT h.amount, h.is_unlimited, h.transaction_id, a.events, a.last_event_at
+FROM account AS a
+JOIN open_hold AS h ON h.account_no = a.no AND h.hold_id = ?
+WHERE a.no = ?
+    AND NOT h.is_repeat
+    AND a.kept = 0
+    AND (a.next_expiry IS NULL OR a.next_expiry > ?)
+    AND max(a.used, a.unlimited_used) <= 4611686018427387904 - ?
+    AND NOT EXISTS (
+        SELECT 1 FROM usage_event AS u
+        WHERE u.account_no = a.no AND u.transaction_id = coalesce(h.transaction_id, ?)
     )
 
 -- name: used
-UPDATE account SET used = used + ?2, held = held - ?3, open_holds = open_holds - 1, events = ?4, last_event_at = ?5 WHERE no = ?1
+UPDATE account SET used = used + ?, held = held - ?, open_holds = open_holds - 1, events = ?, last_event_at = ? WHERE no = ?
 
 -- name: used_unlimited
 UPDATE account SET
-    unlimited_used = unlimited_used + ?2, unlimited_held = unlimited_held - ?3, open_holds = open_holds - 1,
-    events = ?4, last_event_at = ?5
-WHERE no = ?1
+    unlimited_used = unlimited_used + ?, unlimited_held = unlimited_held - ?, open_holds = open_holds - 1,
+    events = ?, last_event_at = ?
+WHERE no = ?
 
 -- name: release_fast
 SELECT a.no, h.amount, h.is_unlimited, h.placed_at, h.parent, h.endpoint, h.model, h.price_slug, h.properties
