@@ -244,15 +244,23 @@ class Billing:
         assert self._owner is not None
         return ledger, settler, self._owner
 
-    def _place(self, make: Callable[[str], Place]) -> Hold:
-        ledger, settler, owner = self._ready()
-        step = make(owner)
-        patience = _Patience(self.settings.wait_for_credits)
+    @property
+    def _is_open(self) -> bool:
+        return self._opened is not None and self._owner is not None
+
+    async def _aready(self) -> tuple[Ledger, Settler, str]:
+        if not self._is_open:
+            await asyncio.to_thread(self._open)
+        return self._ready()
+
+    def _place(self, ledger: Ledger, settler: Settler, step: Place) -> Hold:
+        patience: _Patience | None = None
         while True:
             try:
                 return cast("Hold", ledger.run(step))
             except InsufficientCreditsError as error:
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
                     raise
@@ -262,20 +270,14 @@ class Billing:
                     settler.submit(_undo(step))
                 raise
 
-    async def _aplace(self, make: Callable[[str], Place], tell: Callable[[Settler], None] | None = None) -> Hold:
-        opened = self._opened
-        if opened is None or self._owner is None:
-            await asyncio.to_thread(self._open)
-        _, settler, owner = self._ready()
-        if tell is not None:
-            tell(settler)
-        step = make(owner)
-        patience = _Patience(self.settings.wait_for_credits)
+    async def _aplace(self, settler: Settler, step: Place) -> Hold:
+        patience: _Patience | None = None
         while True:
             try:
                 return cast("Hold", await settler.run(step))
             except InsufficientCreditsError as error:
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
                     raise

@@ -89,7 +89,8 @@ class Charge:
 
     def __enter__(self) -> Self:
         self._check_new()
-        self._placed(self._billing._place(self._place_step))
+        ledger, settler, owner = self._billing._ready()
+        self._placed(self._billing._place(ledger, settler, self._place_step(owner)))
         return self
 
     def __exit__(
@@ -122,7 +123,8 @@ class Charge:
 
     async def __aenter__(self) -> Self:
         self._check_new()
-        self._placed(await self._billing._aplace(self._place_step))
+        _, settler, owner = await self._billing._aready()
+        self._placed(await self._billing._aplace(settler, self._place_step(owner)))
         return self
 
     async def __aexit__(

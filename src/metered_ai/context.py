@@ -185,11 +185,11 @@ def who_pays(derived: Iterable[Terms], base: Terms) -> tuple[Payer, tuple[Receip
             blocks.append(frame)
         frame = frame.parent
 
-    payer = resolve((*derived, *(block.terms for block in blocks), base))
+    payer = resolve((*derived, *[block.terms for block in blocks], base))
     for block in blocks:
         cover = block.cover
         if cover is not None and cover.customer == payer.customer and cover.is_open():
             payer = payer._replace(amount=0, pricing=None, estimate=None, parent=cover.hold_id)
             break
 
-    return payer, tuple(block.receipt for block in blocks)
+    return payer, tuple([block.receipt for block in blocks])

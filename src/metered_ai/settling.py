@@ -110,7 +110,9 @@ class Settler:
         except BaseException:
             self._put_back(end)
             raise
-        self._succeeded(end, result)
+        if type(result) is Settled:
+            for tell in end.told:
+                tell(result)
         return None
 
     def _put_back(self, end: End) -> None:

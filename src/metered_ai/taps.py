@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.call import Ended, Plan, ending, place_step, wants_drain
 from .core.observe import BodyReader, Observation, StreamReader, read_body
-from .core.steps import Place, Settle
+from .core.steps import Place, Release, Settle
 from .errors import UsageNotRecordedError
 from .ledger.leases import new_hold_id
 from .settling import End, Settler, unrecorded
@@ -91,24 +91,14 @@ class LiveCall:
     def step(self, owner: str) -> Place:
         """The hold to place."""
         keeps = self.billing.settings
-        return place_step(
-            self.plan, self.hold_id, owner, lease=keeps.lease, max_call=keeps.max_call, max_holds=keeps.max_holds
-        )
+        return place_step(self.plan, self.hold_id, owner, keeps.lease, keeps.max_call, keeps.max_holds)
 
-    # What the client sees on the way.
-
-    def sending(self) -> None:
-        """An attempt goes out."""
-        self.attempts += 1
+    # What the client sees on the way. It counts itself: the attempts that went out, and those that a response reached.
 
     def not_answered(self, error: BaseException) -> None:
         """An attempt brought no response. Unless it never connected, the provider may have worked for it."""
         if not any(kind.__name__ in _NEVER_SENT for kind in type(error).__mro__):
             self.lost += 1
-
-    def responded(self) -> None:
-        """An attempt brought a response, of whatever status."""
-        self.reached += 1
 
     def answered(self, response: Any, *, is_stream: bool, is_async: bool) -> None:
         """A successful response is here: from now on the provider has worked, whatever is raised."""
@@ -160,26 +150,29 @@ class LiveCall:
 
     def end(self, ended: Ended, content_type: str = "") -> End:
         """What to bring into the ledger. Only after a claim."""
-        self.billing._unwatch(self)
-        hold = self.hold
+        if self.reader is not None:
+            self.billing._unwatch(self)
         seen = self._seen(ended, content_type) if ended not in ("refused", "not_sent", "unknown") else None
-        decide = partial(
-            ending,
-            self.plan,
-            seen=seen,
-            hold_id=self.hold_id,
-            operation=hold.transaction_id if hold is not None else None,
-            is_unlimited=hold is not None and hold.is_unlimited,
-            request_id=self.request_id,
-            attempts=max(1, self.attempts),
-        )
         try:
-            step = decide(ended)
+            step = self._decide(ended, seen)
         except Exception as error:  # noqa: BLE001  a pricing of the user's may raise anything
             what = self.plan.door.name
             _log.error("what %s costs could not be worked out (%s); its hold is charged", what, type(error).__name__)
-            step = decide("priceless")
+            step = self._decide("priceless", seen)
         return End(step, tuple([receipt._settled for receipt in self.receipts]))
+
+    def _decide(self, ended: Ended, seen: Observation | None) -> Settle | Release:
+        hold = self.hold
+        return ending(
+            self.plan,
+            ended,
+            seen,
+            self.hold_id,
+            operation=None if hold is None else hold.transaction_id,
+            is_unlimited=hold is not None and hold.is_unlimited,
+            request_id=self.request_id,
+            attempts=self.attempts or 1,
+        )
 
     def _seen(self, ended: Ended, content_type: str) -> Observation | None:
         plan = self.plan
@@ -217,9 +210,11 @@ class LiveCall:
 
     def place(self) -> None:
         """Hold the credits, or raise with nothing sent."""
+        billing = self.billing
+        ledger, settler, owner = billing._ready()
         # First, so that an interrupt right after the hold finds whom to hand its end to.
-        self.settler = self.billing._settler
-        self.hold = self.billing._place(self.step)
+        self.settler = settler
+        self.hold = billing._place(ledger, settler, self.step(owner))
 
     def finish(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in and wait for it."""
@@ -229,7 +224,9 @@ class LiveCall:
         try:
             if self.claim():
                 end = self.end(ended, content_type)
-                self._note(end, settler.finish(end))
+                failed = settler.finish(end)
+                if failed is not None:
+                    self._note(end, failed)
         except BaseException:
             # Interrupted: the queue's thread, which no signal reaches, does it. What was done already it changes no more.
             settler.start()
@@ -238,24 +235,26 @@ class LiveCall:
 
     async def aplace(self) -> None:
         """Hold the credits, or raise with nothing sent."""
-        self.hold = await self.billing._aplace(self.step, self._settle_with)
-
-    def _settle_with(self, settler: Settler) -> None:
+        billing = self.billing
+        _, settler, owner = billing._ready() if billing._is_open else await billing._aready()
         self.settler = settler
+        self.hold = await billing._aplace(settler, self.step(owner))
 
     async def afinish(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in and wait for it. A cancellation ends the waiting only."""
         if self.settler is not None and self.hold is not None and self.claim():
             end = self.end(ended, content_type)
-            self._note(end, await self.settler.afinish(end))
+            failed = await self.settler.afinish(end)
+            if failed is not None:
+                self._note(end, failed)
 
     def submit(self, ended: Ended, content_type: str = "") -> None:
         """Bring the end in without waiting: for a task that is being cancelled."""
         if self.settler is not None and self.hold is not None and self.claim():
             self.settler.submit(self.end(ended, content_type))
 
-    def _note(self, end: End, failed: Exception | None) -> None:
-        if failed is not None and isinstance(end.step, Settle):
+    def _note(self, end: End, failed: Exception) -> None:
+        if isinstance(end.step, Settle):
             self.failed, self.unrecorded = failed, unrecorded(end)
 
     @property

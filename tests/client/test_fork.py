@@ -153,7 +153,7 @@ def test_copies(real, provider, credits):
     ask(real, client)
 
     def child():
-        return [len(answers(*copies)), len({id(copy._http.here()) for copy in copies})]
+        return [len(answers(*copies)), len({id(copy._http.client) for copy in copies})]
 
     assert [2, 1] == forked(child)()
 

@@ -1027,7 +1027,7 @@ def test_fingerprint():
 
     assert print_of[0] == print_of[1]
     assert 5 == len(set(print_of))
-    assert 64 == len(print_of[0])
+    assert 32 == len(print_of[0])
     assert fingerprint(read(CHAT, {"id": "c1", "created": 0, "choices": []})) is None
 
 

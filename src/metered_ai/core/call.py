@@ -58,8 +58,8 @@ def plan(
     request: Request,
     payer: Payer,
     policies: Policies,
-    *,
     default_meter: str,
+    *,
     reads_raw: bool,
 ) -> Plan:
     """
@@ -143,7 +143,7 @@ def _estimated(door: Door, estimate: Callable[[Request], int], request: Request)
     return check_amount(amount, f"the estimate for {door.name}")
 
 
-def place_step(plan: Plan, hold_id: str, owner: str | None, *, lease: float, max_call: float, max_holds: int) -> Place:
+def place_step(plan: Plan, hold_id: str, owner: str | None, lease: float, max_call: float, max_holds: int) -> Place:
     """The step that checks and reserves."""
     payer = plan.payer
     return Place(
@@ -176,8 +176,8 @@ def ending(
     plan: Plan,
     ended: Ended,
     seen: Observation | None,
-    *,
     hold_id: str,
+    *,
     operation: str | None,
     is_unlimited: bool,
     request_id: str | None,

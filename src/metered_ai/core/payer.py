@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..records import Request, Usage
     from .pricing import Pricing
 
-__all__ = ["Payer", "Terms", "operation_id", "resolve", "terms"]
+__all__ = ["NOTHING", "Payer", "Terms", "operation_id", "resolve", "terms"]
 
 
 class Terms(NamedTuple):
@@ -27,6 +27,9 @@ class Terms(NamedTuple):
     transaction_id: str | None = None
     scope: str | None = None
     properties: Mapping[str, Any] | None = None
+
+
+NOTHING = Terms()
 
 
 class Payer(NamedTuple):
@@ -109,31 +112,36 @@ def resolve(sources: Iterable[Terms]) -> Payer:
     meter hides the amount and price slug below it. The nearest source that gives a price wins, and hides estimates below it.
     """
     customer = meter = amount = pricing = estimate = price_slug = transaction_id = scope = None
-    properties: dict[str, Any] = {}
+    properties: Mapping[str, Any] | None = None
     is_priced = False
     for source in sources:
+        if source is NOTHING:
+            continue
+        its_customer, its_meter, its_amount, its_pricing, its_estimate, its_slug, its_id, its_scope, its_properties = (
+            source
+        )
         is_same_customer = customer is None
         is_same_meter = meter is None
         if is_same_customer:
             if transaction_id is None:
-                transaction_id, scope = source.transaction_id, source.scope
-            if source.properties:
-                properties = {**source.properties, **properties}
+                transaction_id, scope = its_id, its_scope
+            if its_properties:
+                properties = {**its_properties, **(properties or {})}
         if is_same_customer and is_same_meter and price_slug is None:
-            price_slug = source.price_slug
+            price_slug = its_slug
         if not is_priced:
             if estimate is None:
-                estimate = source.estimate
-            if source.amount is not None and is_same_customer and is_same_meter:
-                amount, is_priced = source.amount, True
-            elif source.pricing is not None:
-                pricing, is_priced = source.pricing, True
+                estimate = its_estimate
+            if its_amount is not None and is_same_customer and is_same_meter:
+                amount, is_priced = its_amount, True
+            elif its_pricing is not None:
+                pricing, is_priced = its_pricing, True
         if is_same_customer:
-            customer = source.customer
+            customer = its_customer
         if is_same_meter:
-            meter = source.meter
+            meter = its_meter
 
-    return Payer(customer, meter, amount, pricing, estimate, price_slug, transaction_id, scope, properties or None)
+    return Payer(customer, meter, amount, pricing, estimate, price_slug, transaction_id, scope, properties)
 
 
 def operation_id(customer: str, /, **params: Any) -> str:

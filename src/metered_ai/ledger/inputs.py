@@ -17,6 +17,7 @@ ID_LIMIT = 255
 
 _KNOWN_AT_MOST = 10_000
 _known: set[str] = set()
+_accounts: set[tuple[str, str]] = set()
 
 _ON_UNKNOWN = ("release", "charge")
 _ON_REPEAT = ("refuse", "free")
@@ -32,14 +33,13 @@ def check(step: Step) -> None:
 
 def _place(step: Place) -> None:
     lease, max_call, owner = step.lease, step.max_call, step.owner
-    # What every call brings is looked at here first; the functions below tell what is wrong with anything else.
-    if not (
-        _is_plain(step) and type(lease) is float and 0 < lease < 1e9 and type(max_call) is float and 0 < max_call < 1e9
-    ):
+    if not _is_usual(step):
         _account(step)
         check_name(step.hold_id, "hold_id", ID_LIMIT)
         check_amount(step.amount, "amount")
+    if type(lease) is not float or not 0 < lease < 1e9:
         _seconds(lease, "lease")
+    if type(max_call) is not float or not 0 < max_call < 1e9:
         _seconds(max_call, "max_call")
     if owner is not None and (type(owner) is not str or owner not in _known):
         _known_name(owner, "owner", ID_LIMIT)
@@ -55,18 +55,18 @@ def _place(step: Place) -> None:
         raise ValueError(f"max_holds must be an int above 0, not {step.max_holds!r}")
 
 
-def _is_plain(step: Place | Settle) -> bool:
-    """True for names that were checked before, an id of ours and a sound amount."""
-    customer, meter, hold_id, amount = step.customer, step.meter, step.hold_id, step.amount
+def _is_usual(step: Place | Settle) -> bool:
+    """True for an account that was checked before, an id like ours and a sound amount: what every call brings."""
+    hold_id, amount = step.hold_id, step.amount
+    try:
+        is_known = (step.customer, step.meter) in _accounts
+    except TypeError:
+        return False
     return (
-        type(customer) is str
-        and customer in _known
-        and type(meter) is str
-        and meter in _known
+        is_known
         and type(hold_id) is str
-        and len(hold_id) <= ID_LIMIT
         and hold_id.isalnum()
-        and hold_id.isascii()
+        and len(hold_id) <= ID_LIMIT
         and type(amount) is int
         and 0 <= amount <= MAX_AMOUNT
     )
@@ -79,7 +79,7 @@ def _enlarge(step: Enlarge) -> None:
 
 
 def _settle(step: Settle) -> None:
-    if not _is_plain(step):
+    if not _is_usual(step):
         _account(step)
         check_name(step.hold_id, "hold_id", ID_LIMIT)
         check_amount(step.amount, "amount")
@@ -133,6 +133,10 @@ def _account(step: Place | Enlarge | Settle | Release | Record | AddGrant | Revo
         _known_name(step.customer, "customer")
     if type(step.meter) is not str or step.meter not in _known:
         _known_name(step.meter, "meter")
+    if len(_accounts) >= _KNOWN_AT_MOST:
+        _accounts.clear()
+    if step.customer in _known and step.meter in _known:
+        _accounts.add((step.customer, step.meter))
 
 
 def _known_name(value: str, what: str, limit: int = ID_LIMIT + 1) -> None:

@@ -13,21 +13,18 @@ __all__ = ["Heartbeat", "heartbeat", "new_hold_id", "new_owner"]
 
 _log = logging.getLogger(__name__)
 
-_DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_PAIRS = [first + second for first in _DIGITS for second in _DIGITS]
-
 
 class _Made:
-    """What ids of holds are made of: the last time in milliseconds, as a number and as text, and a count from a random start."""
+    """What ids of holds are made of: the last time in milliseconds, and a count from a random start."""
 
-    time: tuple[int, str] = (0, "0" * 10)
+    ms = 0
 
     def __init__(self) -> None:
         self.reseed()
 
     def reseed(self) -> None:
-        # The highest of the 80 bits starts as 0, so that counting up never overflows.
-        self.count = itertools.count(int.from_bytes(os.urandom(10)) >> 1)
+        # The highest of the 72 bits starts as 0, so that counting up never overflows.
+        self.count = itertools.count(int.from_bytes(os.urandom(9)) >> 1)
 
 
 _made = _Made()
@@ -44,22 +41,17 @@ def new_owner() -> str:
 
 def new_hold_id() -> str:
     """
-    A new id for a hold: `h` and 26 characters (a ULID) that sort by the time they were made.
+    A new id for a hold: `h`, the time in milliseconds and 72 bits more, in hexadecimal digits that sort by the time.
 
     Ids of one thread only grow, also when the clock is set back. Threads and forks never get the same one.
     """
-    last = _made.time
     ms = time.time_ns() // 1_000_000
-    if ms > last[0]:
-        first = f"{_PAIRS[ms >> 40 & 1023]}{_PAIRS[ms >> 30 & 1023]}{_PAIRS[ms >> 20 & 1023]}"
-        last = _made.time = (ms, f"{first}{_PAIRS[ms >> 10 & 1023]}{_PAIRS[ms & 1023]}")
+    if ms < _made.ms:
+        ms = _made.ms
+    else:
+        _made.ms = ms
     # One C call that no other thread can interrupt: there is no lock that a signal handler or a fork could find taken.
-    low = next(_made.count)
-    high = low >> 40
-    return (
-        f"h{last[1]}{_PAIRS[high >> 30]}{_PAIRS[high >> 20 & 1023]}{_PAIRS[high >> 10 & 1023]}{_PAIRS[high & 1023]}"
-        f"{_PAIRS[low >> 30 & 1023]}{_PAIRS[low >> 20 & 1023]}{_PAIRS[low >> 10 & 1023]}{_PAIRS[low & 1023]}"
-    )
+    return f"h{ms:011x}{next(_made.count):018x}"
 
 
 class _Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any
 
 from ..records import Usage, UsageEvent
@@ -19,6 +20,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _EXACT = 8 * 10**15
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
+_columns = attrgetter(*Usage.__slots__)
 _NO_USAGE: Row = (None,) * 12
 
 
@@ -52,22 +54,7 @@ def unpacked(text: str | None) -> dict[str, Any] | None:
 
 def usage_columns(usage: Usage | None) -> Row:
     """The usage columns of an event: each field of `Usage`, in its order."""
-    if usage is None:
-        return _NO_USAGE
-    return (
-        usage.model,
-        usage.endpoint,
-        usage.service_tier,
-        usage.input_tokens,
-        usage.cached_input_tokens,
-        usage.cache_write_tokens,
-        usage.output_tokens,
-        usage.reasoning_tokens,
-        usage.audio_tokens,
-        usage.seconds,
-        usage.images,
-        usage.characters,
-    )
+    return _NO_USAGE if usage is None else _columns(usage)
 
 
 def event_of(customer: str, meter: str, row: Row) -> UsageEvent:
