@@ -112,7 +112,7 @@ def test_end_hold(spent, expected, limit):
     expire(funds, [OldHold(50, 4)], 100)
 
     funds.held, funds.used = 0, spent
-    end_hold(funds, [], 50, spent)
+    end_hold(funds, [], OldHold(50, 4), spent)
     assert ([expected], limit) == (parts(funds), limit)
     check(funds)
 
@@ -123,7 +123,7 @@ def test_end_hold_new():
     expire(funds, [OldHold(50, 4)], 100)
 
     funds.held, funds.used = 4, 4
-    end_hold(funds, [OldHold(50, 4)], 120, 4)
+    end_hold(funds, [OldHold(50, 4)], OldHold(120, 4), 4)
     assert [(0, 6, 0, 4), (0, 0, 0, 0)] == parts(funds)
     fold(funds)
     assert [(0, 6, 0, 4), (4, 0, 0, 0)] == parts(funds)
@@ -199,13 +199,13 @@ def test_next_expiry():
 
 
 grants_given = st.lists(st.tuples(st.integers(1, 20), st.none() | st.integers(1, 50)), max_size=5)
-holds_open = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15)), max_size=5)
+holds_open = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15), st.integers(0, 18)), max_size=5)
 
 
-@given(grants_given, st.integers(0, 40), holds_open, st.integers(0, 60), st.randoms())
-def test_holds_end_in_any_order(given_grants, used, open_holds, now, random):
-    """Whatever order old holds end in, what expires is the same: only what no old hold can use."""
-    holds = [OldHold(*hold) for hold in open_holds]
+@given(grants_given, st.integers(0, 40), holds_open, st.integers(0, 60))
+def test_holds_end_in_any_order(given_grants, used, open_holds, now):
+    """Whatever order old holds end in, and whatever they cost, what expires is the same: only what none of them could use."""
+    holds = [OldHold(placed_at, amount) for placed_at, amount, _ in open_holds]
     start = funds_of(*(GrantFunds(key, *grant) for key, grant in enumerate(given_grants)), used=used)
     start.held = sum(hold.amount for hold in holds)
     expire(start, holds, now)
@@ -215,13 +215,15 @@ def test_holds_end_in_any_order(given_grants, used, open_holds, now, random):
     for order in itertools.islice(itertools.permutations(range(len(holds))), 12):
         funds, left = copy.deepcopy(start), list(holds)
         for index in order:
+            spent = open_holds[index][2]
             left.remove(holds[index])
             funds.held -= holds[index].amount
-            end_hold(funds, left, holds[index].placed_at, 0)
+            funds.used += spent
+            end_hold(funds, left, holds[index], spent)
             check(funds)
-        ends.append((funds.limit, funds.kept))
+        ends.append((funds.limit, funds.used, funds.kept))
     assert 1 == len(set(ends))
-    assert 0 == ends[0][1]
+    assert 0 == ends[0][2]
 
 
 @given(grants_given, st.lists(st.tuples(st.sampled_from("guhsre"), st.integers(0, 12), st.integers(0, 4)), max_size=25))
@@ -247,7 +249,7 @@ def test_any_history(given_grants, acts):
                 funds.held -= hold.amount
                 spent = 0 if act == "e" else amount
                 funds.used += spent
-                end_hold(funds, holds, hold.placed_at, spent)
+                end_hold(funds, holds, hold, spent)
                 before += hold.amount
             case "r" if index < len(funds.grants):
                 revoke(funds, funds.grants[index], holds, now)

@@ -94,14 +94,15 @@ def expire(funds: Funds, holds: Sequence[OldHold], now: int) -> bool:
     return True
 
 
-def end_hold(funds: Funds, holds: Sequence[OldHold], placed_at: int, spent: int) -> None:
+def end_hold(funds: Funds, holds: Sequence[OldHold], hold: OldHold, spent: int) -> None:
     """
-    Settle `spent` (0: released) of a hold that was placed at `placed_at`, out of what expired grants kept for it.
+    Settle `spent` (0: released) of a hold out of what expired grants kept for it: what it overran is not theirs to pay.
 
     `funds.used` and `funds.held` have been changed already, and `holds` are those that stay open.
     """
+    spent = min(spent, hold.amount)
     for grant in _by_expiry(grant for grant in funds.grants if grant.kept):
-        if grant.expires_at is not None and grant.expires_at > placed_at:
+        if grant.expires_at is not None and grant.expires_at > hold.placed_at:
             part = min(spent, grant.kept)
             grant.kept -= part
             grant.spent += part

@@ -169,7 +169,8 @@ class Accounts:
         account.funds.used += spent
         if account.funds.kept:
             self._load_grants(account)
-            funds.end_hold(account.funds, self._limited_holds(account), hold.placed_at, spent)
+            ended = funds.OldHold(hold.placed_at, hold.amount)
+            funds.end_hold(account.funds, self._limited_holds(account), ended, spent)
 
     def _end_unused(
         self,
