@@ -698,6 +698,53 @@ class TestDurability:
                 ledger.run(settling(number))
                 assert synced.wait(10)
 
+    def test_relaxed_at_the_latest(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where that thread comes too late, the next settle syncs what has waited for 20 ms, before it returns."""
+        synced: list[int] = []
+        now = 1000.0
+        monkeypatch.setattr(upkeep, "_sync_data", synced.append)
+        monkeypatch.setattr(upkeep.Syncs, "wake", lambda _: None)
+        monkeypatch.setattr(upkeep.time, "monotonic", lambda: now)
+
+        with closing(SqliteLedger(path, durability="relaxed")) as ledger:
+            ledger.run(GRANT)
+            counts = []
+            for number, later in enumerate((0.0, 0.019, 0.002, 0.001, 0.021, 0.0)):
+                now += later
+                ledger.run(hold(number))
+                ledger.run(settling(number))
+                counts.append(len(synced))
+
+        assert [0, 0, 1, 1, 2, 2] == counts
+
+    def test_lost_account(self, path: Path) -> None:
+        """An account that was made in a transaction that failed is not remembered: its number may become another customer's."""
+
+        def tell(statement: str, connection: sqlite3.Connection) -> None:
+            if statement == "COMMIT" and is_failing:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        is_failing = False
+        with closing(Watched(path, tell)) as ledger:
+            ledger.run(GRANT)
+            ledger.run(AddGrant("bob", "other", 10, "g1"))
+            is_failing = True
+            steps = [
+                AddGrant("bob", "calls", 10, "g1"),
+                Place("b1", "bob", "calls", 1, "p1"),
+                Place("b2", "bob", "calls", 1, "p1"),
+            ]
+            assert all(isinstance(outcome, MeteringError) for outcome in ledger.submit_all(steps).result(30))
+            is_failing = False
+            ledger.run(AddGrant("eve", "calls", 10, "g1"))
+            # Its owner's lease is known from here on.
+            ledger.run(hold(1))
+            with pytest.raises(InsufficientCreditsError):
+                ledger.run(Place("b3", "bob", "calls", 1, "p1"))
+
+            assert 0 == ledger.balance("eve", "calls").held
+            assert 0 == ledger.balance("bob", "calls").held
+
     def test_log_stays_short(self, path: Path) -> None:
         """The write-ahead log is moved into the file as it grows, and a close leaves none."""
         with closing(SqliteLedger(path, durability="relaxed")) as ledger:

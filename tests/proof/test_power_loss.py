@@ -269,5 +269,5 @@ def test_power_loss(durability, tmp_path, provider, say):
         + (f", the oldest of them was told {oldest:.1f} ms before" if lost else "")
         + (f"; and {unspooled} that had just left the spool" if unspooled else "")
     )
-    # It is 20 ms where the disk and the processor have nothing else to do: one pause and one sync.
+    # It is 20 ms where the disk and the processor have nothing else to do; a program that stalls is told later than it commits.
     assert oldest < 2_000

@@ -115,10 +115,9 @@ class Book(Settles):
         properties = packed(step.properties)
         amount, hold_id = step.amount, step.hold_id
         is_unlimited = account_no in self._unlimited
-        reserved = self._run(
-            _RESERVE_UNLIMITED if is_unlimited else _RESERVE,
-            (amount, account_no, amount, amount, now, step.customer, step.max_holds, hold_id, hold_id, hold_id),
-        )
+        customer, meter = step.customer, step.meter
+        checked = (amount, account_no, customer, meter, amount, amount, now, customer, step.max_holds)
+        reserved = self._run(_RESERVE_UNLIMITED if is_unlimited else _RESERVE, (*checked, hold_id, hold_id, hold_id))
         if reserved.rowcount != 1:
             return self._place_slowly(step, now)
         ends_at = now + int(step.max_call * _SECOND)

@@ -43,8 +43,8 @@ class SqliteLedger(Reading):
     Keeps credits in one SQLite file, for any number of threads, event loops and processes of one machine.
 
     The file is opened at the first use and created (readable by its owner only) if its folder exists. What `durability` "full"
-    acknowledges survives a power loss; "relaxed" may lose the last moments then (about 20 ms, more on a busy
-    machine or disk), and nothing when only the process dies.
+    acknowledges survives a power loss; "relaxed" may lose what was acknowledged in the last 20 ms then (where the machine is too busy
+    for a sync in time, until the next commit, which waits for it), and nothing when only the process dies.
     `hold_patience` and `settle_patience` are seconds to wait for a lock that another process holds: before a call, and after
     it. `clock` gives microseconds since 1970, UTC.
 
@@ -284,7 +284,7 @@ class SqliteLedger(Reading):
 
     def _upkeep(self, is_durable: bool, steps: int) -> None:
         if is_durable and self._durability == "relaxed":
-            self._syncs.wake()
+            self._syncs.note()
         self._since_checkpoint += steps
         if self._since_checkpoint >= _CHECKPOINT_EVERY:
             self._since_checkpoint = 0

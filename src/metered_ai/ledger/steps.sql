@@ -4,9 +4,9 @@
 -- Of the INSERTs a narrower form is made where values are NULL: binding a None costs more than storing a column.
 
 -- name: reserve_fast
--- Checks and reserves in one.
+-- Checks and reserves in one, and that the account is the one it is taken for.
 UPDATE account SET held = held + ?, open_holds = open_holds + 1
-WHERE no = ? AND NOT is_unlimited
+WHERE no = ? AND customer = ? AND meter = ? AND NOT is_unlimited
     AND (credit_limit - used - held >= ? OR ? = 0)
     AND (next_expiry IS NULL OR next_expiry > ?)
     AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?
@@ -19,7 +19,7 @@ WHERE no = ? AND NOT is_unlimited
 
 -- name: reserve_unlimited_fast
 UPDATE account SET unlimited_held = unlimited_held + ?, open_holds = open_holds + 1
-WHERE no = ? AND is_unlimited
+WHERE no = ? AND customer = ? AND meter = ? AND is_unlimited
     AND unlimited_held <= 4611686018427387904 - max(?, ?)
     AND (next_expiry IS NULL OR next_expiry > ?)
     AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?

@@ -6,6 +6,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -19,6 +20,7 @@ _log = logging.getLogger("metered_ai.ledger")
 _sync_data = getattr(os, "fdatasync", os.fsync)
 
 _SYNC_AFTER = 0.016
+_SYNC_LATEST = 0.02
 
 
 class Slot:
@@ -109,15 +111,33 @@ class Checkpoints(_Upkeep):
 
 
 class Syncs(_Upkeep):
-    """Makes commits durable some 20 ms after it is woken, later where the machine or the disk is busy, for durability "relaxed"."""
+    """
+    Makes commits durable within 20 ms, for durability "relaxed": in its thread, where that comes in time.
+
+    On a machine so busy that the thread is late, whoever commits next syncs first what has waited for longer.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__("metered_ai syncs")
         self._path = path
+        self._waits_since: float | None = None
+
+    def note(self) -> None:
+        """There is a commit to sync. Not for several threads at once."""
+        since = self._waits_since
+        if since is None:
+            self._waits_since = time.monotonic()
+            self.wake()
+        elif time.monotonic() - since > _SYNC_LATEST:
+            self._sync_or_log()
 
     def _work(self) -> None:
         # More commits may come; one sync serves them all.
         self._is_over.wait(_SYNC_AFTER)
+        if self._waits_since is not None:
+            self._sync_or_log()
+
+    def _sync_or_log(self) -> None:
         try:
             self.sync()
         except OSError as error:
@@ -125,6 +145,8 @@ class Syncs(_Upkeep):
 
     def sync(self) -> None:
         """Sync the log now. OSError if the disk refuses."""
+        # Before, because what is committed meanwhile may come too late for this one.
+        self._waits_since = None
         try:
             # The log has no locks of its own, so that a second descriptor of it is harmless; of the file itself it would not be.
             descriptor = os.open(f"{self._path}-wal", os.O_RDWR)
