@@ -164,8 +164,7 @@ class Commits:
                 finally:
                     self._leave(holder)
         except Locked:
-            # Whoever waits for another process waits in the queue, so that the first who came is the first who goes.
-            return self._share(step, patience)
+            _log.debug("another process has the ledger; the step waits in the queue")
         return self._share(step, patience)
 
     def _share(self, step: Any, patience: float) -> Any:

@@ -184,10 +184,11 @@ class SqliteLedger(Reading):
             self._is_closed = True
             self._commits.drain()
             self._commits.stop()
+            with self._writer.lock:
+                # Nothing is committed from here on that the syncs could miss.
+                self._is_shut = True
             self._syncs.stop()
             self._checkpoints.stop()
-            with self._writer.lock:
-                self._is_shut = True
             for slot in self._readers:
                 with slot.lock:
                     self._close_slot(slot)
