@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-CONTRACT = DOCS.parent / "src" / "metered_ai" / "testing" / "contract.py"
+CONTRACT = DOCS.parent / "src" / "metered_ai" / "testing" / "contract"
 
 HEAD = """\
 # How we keep the promise
@@ -26,7 +26,10 @@ threads, tasks and processes on credits for ten. `tests/client` tries every endi
 def page() -> str:
     # Read, not imported: the contract needs pytest, and pages are built without it.
     classes = {
-        node.name: node for node in ast.parse(CONTRACT.read_text("utf-8")).body if isinstance(node, ast.ClassDef)
+        node.name: node
+        for chapter in CONTRACT.glob("*.py")
+        for node in ast.parse(chapter.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
     }
     parts = [classes[base.id] for base in classes["LedgerContract"].bases if isinstance(base, ast.Name)]
     parts.append(classes["SharedLedgerContract"])
