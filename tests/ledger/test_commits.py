@@ -16,6 +16,7 @@ import pytest
 
 from metered_ai.core.steps import AddGrant, Place, Record, Renew, Settle, Settled
 from metered_ai.errors import BillingUnavailableError, InsufficientCreditsError, LedgerCorruptError
+from metered_ai.ledger.commits import Commits, Job, Locked
 from metered_ai.ledger.sqlite import SqliteLedger
 from metered_ai.records import UsageEvent
 
@@ -341,3 +342,28 @@ def test_callback_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
 
         assert [True, True] == [first.done(), results[0].done()]
+
+
+def test_after_the_end() -> None:
+    """Who finds the ledger locked while it is being closed waits for no thread that has ended, and starts none."""
+    done: list[object] = []
+
+    def alone(step: object) -> object:
+        raise Locked
+
+    def work(jobs: list[Job]) -> list[Job]:
+        done.extend(job.step for job in jobs)
+        return []
+
+    commits = Commits(alone, work, lambda _: AssertionError("it is not locked for ever"), "test", shares=False)
+    commits.run("first", 1.0)
+    waits = Job("second", 1.0)
+    waits.lock = threading.Lock()
+    waits.lock.acquire()
+    commits._queue.append(waits)
+    commits.stop()
+    commits.run("third", 1.0)
+
+    assert ["first", "second", "third"] == done
+    assert waits.lock.acquire(timeout=0)
+    assert "test writer" not in {thread.name for thread in threading.enumerate()}

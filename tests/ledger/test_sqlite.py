@@ -717,6 +717,65 @@ class TestDurability:
 
         assert [0, 0, 1, 1, 2, 2] == counts
 
+    def test_relaxed_slow_disk(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A caller that syncs holds up no fork, and nobody's hold: it has no lock meanwhile."""
+        locked: list[bool] = []
+        monkeypatch.setattr(upkeep, "_sync_data", lambda _: locked.append(ledger._writer.lock.locked()))
+        monkeypatch.setattr(upkeep.Syncs, "wake", lambda _: None)
+        monkeypatch.setattr(upkeep, "_SYNC_LATEST", -1.0)
+
+        with closing(SqliteLedger(path, durability="relaxed")) as ledger:
+            ledger.run(GRANT)
+            ledger.submit_all([hold(1), settling(1)]).result(30)
+            assert [False, False] == locked
+
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    def test_relaxed_owed(self, path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        """A sync that somebody asked for and that failed, or was interrupted, is done by the thread soon after."""
+        synced = threading.Event()
+        failures = [error]
+
+        def sync(descriptor: int) -> None:
+            if failures:
+                raise failures.pop()
+            synced.set()
+
+        with closing(SqliteLedger(path, durability="relaxed")) as ledger:
+            ledger.run(GRANT)
+            ledger._syncs.sync()
+            monkeypatch.setattr(upkeep, "_sync_data", sync)
+            ledger.run(hold(1))
+            ledger.run(settling(1))
+            with pytest.raises(type(error)):
+                ledger.sync()
+
+            assert synced.wait(10)
+
+    @pytest.mark.parametrize("durability", ["full", "relaxed"])
+    def test_removed_a_moment_ago(self, path: Path, durability: Any) -> None:
+        """A settle never goes into a file that was removed, not even right after the file was seen."""
+        with closing(SqliteLedger(path, durability=durability)) as ledger:
+            ledger.run(GRANT)
+            ledger.run(hold(1))
+            path.unlink()
+            with pytest.raises(BillingUnavailableError, match="vanished"):
+                ledger.run(settling(1))
+
+    def test_cause(self, path: Path) -> None:
+        """What SQLite said is the cause of the error, for whoever waits for a step and for whoever handed it over."""
+
+        def tell(statement: str, connection: sqlite3.Connection) -> None:
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+
+        with closing(Watched(path, tell)) as ledger:
+            with pytest.raises(BillingUnavailableError) as caught:
+                ledger.run(GRANT)
+            outcomes = [outcome_of(ledger, GRANT), *ledger.submit_all([GRANT, hold(1)]).result(30)]
+
+            assert ["disk I/O error"] * 4 == [str(error.__cause__) for error in (caught.value, *outcomes)]
+            assert 4 == len({id(error) for error in (caught.value, *outcomes)})
+
     def test_lost_account(self, path: Path) -> None:
         """An account that was made in a transaction that failed is not remembered: its number may become another customer's."""
 

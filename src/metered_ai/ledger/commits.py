@@ -147,12 +147,14 @@ class Commits:
         self._wakeup: SimpleQueue[bool] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._is_over = False
 
     def run(self, step: Any, patience: float) -> Any:
         """Do one step and return its result, or raise its error."""
         try:
             if not self._shares:
-                return self._alone(step)
+                # Not past those who wait in the queue: the lock is not a fair one.
+                return self._share(step, patience) if self._queue else self._alone(step)
             holder = object()
             try:
                 if not self._queue and self._turn.setdefault(0, holder) is holder:
@@ -213,12 +215,15 @@ class Commits:
             barrier.lock.acquire()
 
     def stop(self) -> None:
-        """End the writer thread, after `drain`."""
+        """End the writer thread, after `drain`. Who comes later is served in its own thread."""
+        self._is_over = True
         thread = self._thread
         if thread is not None and thread.ident != _thread.get_ident():
             self._wakeup.put(False)
             thread.join()
         self._thread = None
+        # From a caller that found the ledger locked and woke the thread at its end.
+        self._do_all()
 
     def _hand_over(self, job: Job) -> None:
         job.since = time.monotonic()
@@ -235,7 +240,7 @@ class Commits:
         # Whoever has the turn looks at the queue when it leaves, so that a step appended before this look is never forgotten.
         if not self._queue or self._turn:
             return
-        if self._thread is None and not self._start():
+        if self._thread is None and (self._is_over or not self._start()):
             # Better late here than never; and with no lock held, because a callback may come with a step of its own.
             self._do_all()
             return

@@ -49,7 +49,7 @@ class MemoryLedger(SqliteLedger):
                 "a memory ledger ends at a fork: a copy of its balances would be spent twice; use a SQLite file"
             )
 
-    def _ready(self) -> None:
+    def _ready(self, *, must_exist: bool = True) -> None:  # noqa: ARG002  there is no file
         self._check_shut()
         if self._writer.connection is None:
             self._open()

@@ -91,6 +91,7 @@ class SqliteLedger(Reading):
         self._aside = Slot()
         self._closing = threading.Lock()
         self._is_full = False
+        self._is_clean = True
         self._recheck_at = 0.0
         self._since_checkpoint = 0
         self._checkpoints = Checkpoints(
@@ -211,7 +212,9 @@ class SqliteLedger(Reading):
             except Exception as error:  # noqa: BLE001  The caller is told; the writer lives on.
                 if files.is_locked(error):
                     raise Locked from None
-                outcome = self._failed(error)
+                self._drop_if_broken(error)
+                outcome = self._told(error)
+        self._syncs.catch_up()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -227,9 +230,9 @@ class SqliteLedger(Reading):
                 except Exception as error:  # noqa: BLE001  Each caller is told; the writer lives on.
                     if files.is_locked(error):
                         return [job for group in groups for job in group]
-                    failed = self._failed(error)
+                    self._drop_if_broken(error)
                     # One for each, because each caller's traceback is written into its own.
-                    outcomes = [copy(failed) if isinstance(failed, MeteringError) else failed for _ in group]
+                    outcomes = [self._told(copy(error) if isinstance(error, MeteringError) else error) for _ in group]
                 if outcomes:
                     for job, outcome in zip(group, outcomes, strict=True):
                         job.note(outcome)
@@ -237,26 +240,27 @@ class SqliteLedger(Reading):
                 else:
                     # One of them was cut in the middle: each by itself then, so that it fails alone.
                     groups = [[job] for job in group]
+        self._syncs.catch_up()
         return []
 
     def _transact(self, steps: Sequence[Step | Sweep]) -> Sequence[object]:
         """Do steps in one transaction and give their results or errors; nothing, and nothing done, if one of several was cut in the middle."""
-        if self._writer.connection is None or self._is_shut or time.monotonic() >= self._recheck_at:
-            self._ready()
-        connection = cast("sqlite3.Connection", self._writer.connection)
-        if connection.in_transaction:
-            # A KeyboardInterrupt fell between a BEGIN and its handler.
-            self._roll_back()
         is_durable = False
         for step in steps:
             if type(step) in _DURABLE or (type(step) is Place and step.on_unknown == "charge"):
                 is_durable = True
                 break
+        if self._writer.connection is None or self._is_shut or is_durable or time.monotonic() >= self._recheck_at:
+            self._ready(must_exist=is_durable)
+        connection = cast("sqlite3.Connection", self._writer.connection)
+        if not self._is_clean or connection.in_transaction:
+            # A KeyboardInterrupt fell between a BEGIN and its handler.
+            self._roll_back()
         if (is_durable and self._durability == "full") is not self._is_full:
             self._set_synchronous(connection, not self._is_full)
         book, run = self._book, self._run
         outcomes: list[object] = []
-        is_committed = False
+        self._is_clean = False
         try:
             run("BEGIN IMMEDIATE")
             now = time.time_ns() // 1000 if self._clock is None else self._clock()
@@ -270,9 +274,9 @@ class SqliteLedger(Reading):
                         raise
                     outcomes.append(self._told(error))
             run("COMMIT")
-            is_committed = True
+            self._is_clean = True
         finally:
-            if not is_committed:
+            if not self._is_clean:
                 self._roll_back()
         self._upkeep(is_durable, len(steps))
         return outcomes
@@ -282,6 +286,7 @@ class SqliteLedger(Reading):
         # A full disk may have ended the transaction already.
         if cast("sqlite3.Connection", self._writer.connection).in_transaction:
             self._execute("ROLLBACK")
+        self._is_clean = True
 
     def _upkeep(self, is_durable: bool, steps: int) -> None:
         if is_durable and self._durability == "relaxed":
@@ -298,12 +303,10 @@ class SqliteLedger(Reading):
         connection.executescript(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
         self._is_full = is_full
 
-    def _failed(self, error: Exception) -> Exception:
-        """What a failed transaction's error is for its callers."""
+    def _drop_if_broken(self, error: Exception) -> None:
         if isinstance(error, sqlite3.Error) and files.is_broken(error):
             # What the connection remembers of the file may be wrong now.
             self._close_slot(self._writer)
-        return self._told(error)
 
     def _told(self, error: Exception) -> Exception:
         """What a step's error is for its caller."""
@@ -342,22 +345,25 @@ class SqliteLedger(Reading):
                 f"the ledger {self.path!r} was open and in use when this process was forked; open a new one after the fork"
             )
 
-    def _ready(self) -> None:
+    def _ready(self, *, must_exist: bool = True) -> None:
         """Have the file open for writing, and be sure that it is the one of before. The writer's lock is held."""
         self._check_shut()
         if self._writer.connection is None:
             self._open()
         else:
-            self._check_file()
+            self._check_file(must_exist=must_exist)
 
     def _check_shut(self) -> None:
         if self._is_shut:
             raise BillingUnavailableError(f"the ledger {self.path!r} is closed")
 
-    def _check_file(self) -> None:
-        """Be sure, now and then, that the file is there and the same one: asking costs as much as a statement."""
+    def _check_file(self, *, must_exist: bool = True) -> None:
+        """
+        Be sure, now and then, that the file is the same one; and with `must_exist` that it is there: what is acknowledged must not
+        go into a file that was removed. Asking costs as much as a statement, so that a hold, which need not last, does without.
+        """
         now = time.monotonic()
-        if now >= self._recheck_at:
+        if now >= self._recheck_at or (must_exist and not os.access(self.path, os.F_OK)):
             files.check_identity(self.path, self._identity)
             self._recheck_at = now + _RECHECK_AFTER
 
@@ -388,6 +394,7 @@ class SqliteLedger(Reading):
         # A statement with plain parameters needs no step between, unless somebody watches.
         is_watched = type(self)._execute is not SqliteLedger._execute
         self._run = self._execute if is_watched else self._cursor.execute
+        self._is_clean = True
         self._book = Book(self._execute, self._run, connection)
 
     def _open_patiently(self) -> None:

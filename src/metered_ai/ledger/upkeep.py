@@ -124,11 +124,19 @@ class Syncs(_Upkeep):
 
     def note(self) -> None:
         """There is a commit to sync. Not for several threads at once."""
-        since = self._waits_since
-        if since is None:
+        if self._waits_since is None:
             self._waits_since = time.monotonic()
-            self.wake()
-        elif time.monotonic() - since > _SYNC_LATEST:
+            try:
+                self.wake()
+            except BaseException:
+                # Nobody was woken, so the next commit has to.
+                self._waits_since = None
+                raise
+
+    def catch_up(self) -> None:
+        """Sync what has waited for too long, before anything more is acknowledged. With no lock held: a disk may take its time."""
+        since = self._waits_since
+        if since is not None and time.monotonic() - since > _SYNC_LATEST:
             self._sync_or_log()
 
     def _work(self) -> None:
@@ -138,15 +146,29 @@ class Syncs(_Upkeep):
             self._sync_or_log()
 
     def _sync_or_log(self) -> None:
+        since = self._waits_since
         try:
             self.sync()
         except OSError as error:
+            if self._waits_since == since:
+                # Not at once again: a disk that is dead stays dead. The next commit asks for a sync of its own.
+                self._waits_since = None
             _log.error("the ledger %r was not synced: %s", self._path, error)
 
     def sync(self) -> None:
         """Sync the log now. OSError if the disk refuses."""
+        since = self._waits_since
         # Before, because what is committed meanwhile may come too late for this one.
         self._waits_since = None
+        try:
+            self._sync_log()
+        except BaseException:
+            self._waits_since = self._waits_since or since
+            if self._waits_since is not None:
+                self.wake()
+            raise
+
+    def _sync_log(self) -> None:
         try:
             # The log has no locks of its own, so that a second descriptor of it is harmless; of the file itself it would not be.
             descriptor = os.open(f"{self._path}-wal", os.O_RDWR)
