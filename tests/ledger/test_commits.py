@@ -362,6 +362,7 @@ def test_after_the_end() -> None:
     waits.lock.acquire()
     commits._queue.append(waits)
     commits.stop()
+    assert ["first", "second"] == done
     commits.run("third", 1.0)
 
     assert ["first", "second", "third"] == done
