@@ -40,11 +40,11 @@ def _is_type_checking(node):
 
 def _imports(path):
     """What a file imports at run time, wherever it does: (module, names). What only a type checker reads is no arrow."""
-    todo = [ast.parse(path.read_text())]
-    while todo:
-        node = todo.pop()
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
         if _is_type_checking(node):
-            todo.extend(node.orelse)
+            nodes.extend(node.orelse)
         elif isinstance(node, ast.Import):
             yield from ((alias.name, ()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -53,7 +53,7 @@ def _imports(path):
             module = ".".join([*start, *([node.module] if node.module else [])])
             yield module, tuple(alias.name for alias in node.names)
         else:
-            todo.extend(ast.iter_child_nodes(node))
+            nodes.extend(ast.iter_child_nodes(node))
 
 
 def _part(module, names):

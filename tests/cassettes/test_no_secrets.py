@@ -12,6 +12,7 @@ from cassettes.record import FOLDER
 
 FILES = sorted(path for path in FOLDER.rglob("*") if path.suffix in (".yaml", ".yml", ".json"))
 
+# The places are what must not be found in a recording; nothing is looked for at them.
 SECRET = re.compile(
     r"\bsk-\w|\bbearer\b|authorization|api-?key\s*:|cookie|openai-organization|openai-project|cf-ray|x-stainless|user-agent"
     r"|/tmp/|/home/|/root/|/Users/|[A-Za-z]:\\\\Users",

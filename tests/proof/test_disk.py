@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,11 +89,13 @@ def can_mount() -> bool:
     def attempt(tell: Any, folder: Path) -> None:
         small_disk(folder)
 
-    child = Child(attempt, Path("/tmp"))
+    child = Child(attempt, Path(tempfile.gettempdir()))
     child.wait()
     return child.status == 0
 
 
+# A disk that is full or read-only needs a mount in a namespace of one's own, which containers often forbid. Without it the disk
+# is full all the same, by the limit on a file's size, and read-only by the files' modes.
 CAN_MOUNT = can_mount()
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="this machine lets nobody mount a disk of their own")
 
@@ -319,6 +322,7 @@ def refuse_read_only(tell: Any, make: Any, folder: Path) -> None:
     tell(refused[0])
 
 
+# Neither way is left there: modes do not bind root, and it may not mount.
 @pytest.mark.skipif(not CAN_MOUNT and os.geteuid() == 0, reason="root may write files that are read-only")
 def test_read_only(tmp_path, provider, say, fork):
     """On a read-only disk no hold can be placed, so nothing is sent; made writable again, the same client goes on."""

@@ -34,6 +34,7 @@ SECTOR = 512
 CALLS = 100 if LONG else 12
 LOSSES = 5_000 if LONG else 90
 
+# What is lost with the power is known only from below the process: a small library in C, built here, notes its writes and syncs.
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) for the journal")
 
 
