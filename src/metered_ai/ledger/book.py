@@ -56,7 +56,6 @@ _PRUNED_AT_ONCE = 500
 _ORPHANS_AT_ONCE = 1_000
 _NO_LEASE = (0, 0)
 _RESERVE = SQL["reserve_fast"]
-_RESERVE_UNLIMITED = SQL["reserve_unlimited_fast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +114,11 @@ class Book(Settles):
         properties = packed(step.properties)
         amount, hold_id = step.amount, step.hold_id
         is_unlimited = account_no in self._unlimited
-        customer, meter = step.customer, step.meter
-        checked = (amount, account_no, customer, meter, amount, amount, now, customer, step.max_holds)
-        reserved = self._run(_RESERVE_UNLIMITED if is_unlimited else _RESERVE, (*checked, hold_id, hold_id, hold_id))
+        limited, unlimited = (0, amount) if is_unlimited else (amount, 0)
+        customer = step.customer
+        account = (account_no, customer, step.meter, is_unlimited)
+        limits = (limited, limited, unlimited, now, customer, step.max_holds)
+        reserved = self._run(_RESERVE, (limited, unlimited, *account, *limits, hold_id, hold_id, hold_id))
         if reserved.rowcount != 1:
             return self._place_slowly(step, now)
         ends_at = now + int(step.max_call * _SECOND)

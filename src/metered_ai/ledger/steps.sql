@@ -4,23 +4,11 @@
 -- Of the INSERTs a narrower form is made where values are NULL: binding a None costs more than storing a column.
 
 -- name: reserve_fast
--- Checks and reserves in one, and that the account is the one it is taken for.
-UPDATE account SET held = held + ?, open_holds = open_holds + 1
-WHERE no = ? AND customer = ? AND meter = ? AND NOT is_unlimited
+-- Checks and reserves in one, and that the account is the one it is taken for. One of the two amounts is 0, as the mode has it.
+UPDATE account SET held = held + ?, unlimited_held = unlimited_held + ?, open_holds = open_holds + 1
+WHERE no = ? AND customer = ? AND meter = ? AND is_unlimited = ?
     AND (credit_limit - used - held >= ? OR ? = 0)
-    AND (next_expiry IS NULL OR next_expiry > ?)
-    AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?
-    AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = account.no AND h.hold_id = ?)
-    AND NOT EXISTS (SELECT 1 FROM ended_hold AS e WHERE e.account_no = account.no AND e.hold_id = ?)
-    AND NOT EXISTS (
-        SELECT 1 FROM usage_event AS u
-        WHERE u.hold_id = ? AND u.account_no = account.no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
-    )
-
--- name: reserve_unlimited_fast
-UPDATE account SET unlimited_held = unlimited_held + ?, open_holds = open_holds + 1
-WHERE no = ? AND customer = ? AND meter = ? AND is_unlimited
-    AND unlimited_held <= 4611686018427387904 - max(?, ?)
+    AND unlimited_held <= 4611686018427387904 - ?
     AND (next_expiry IS NULL OR next_expiry > ?)
     AND (SELECT sum(c.open_holds) FROM account AS c WHERE c.customer = ?) < ?
     AND NOT EXISTS (SELECT 1 FROM open_hold AS h WHERE h.account_no = account.no AND h.hold_id = ?)
