@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -39,11 +38,9 @@ class MemoryLedger(SqliteLedger):
         self._is_lost = self._is_lost or self._writer.connection is not None
         self._writer.connection = None
         super().after_fork_in_child()
-        self._is_torn = self._is_torn or self._is_lost
 
     def _check_process(self) -> None:
-        if self._pid != os.getpid():
-            self.after_fork_in_child()
+        super()._check_process()
         if self._is_lost:
             raise ConfigurationError(
                 "a memory ledger ends at a fork: a copy of its balances would be spent twice; use a SQLite file"

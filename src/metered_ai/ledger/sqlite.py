@@ -113,12 +113,8 @@ class SqliteLedger(Reading):
     def run(self, step: Step, /) -> StepResult:
         """Do one step and return its result. A lone caller's step runs in its own thread; contended callers share a commit."""
         check(step)
-        if self._is_closed or self._is_torn or self._pid != os.getpid():
-            self._check_open()
-        return cast(
-            "StepResult",
-            self._commits.run(step, self._hold_patience if type(step) in _HOLDS else self._settle_patience),
-        )
+        self._check_open()
+        return cast("StepResult", self._commits.run(step, self._patience(step)))
 
     def submit(self, step: Step, /) -> Future[StepResult]:
         """Hand one step over and return at once. Never blocks; the step is done even if nobody waits for it."""
@@ -263,7 +259,7 @@ class SqliteLedger(Reading):
         self._is_clean = False
         try:
             run("BEGIN IMMEDIATE")
-            now = time.time_ns() // 1000 if self._clock is None else self._clock()
+            now = self.now()
             for step in steps:
                 try:
                     outcomes.append(book.do(step, now))
