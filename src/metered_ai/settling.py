@@ -110,9 +110,7 @@ class Settler:
         except BaseException:
             self._put_back(end)
             raise
-        if type(result) is Settled:
-            for tell in end.told:
-                tell(result)
+        self._succeeded(end, result)
         return None
 
     def _put_back(self, end: End) -> None:
