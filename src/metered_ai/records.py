@@ -214,7 +214,8 @@ class UsageEvent:
     One immutable record of use. Unique by customer, meter and `transaction_id`, for ever.
 
     `kind` is call, charge, record, expired (an orphaned hold that was charged) or correction. `parent` is the hold of the
-    covering charge, `attempts` how often the SDK tried, `price_slug` what a remote service bills by.
+    covering charge, `attempts` how often the SDK tried, `price_slug` what a remote service bills by. Only with a service: `reference`
+    is its word for the plan that the call was checked against, `delivered` what it answered once it had the event (None before).
     """
 
     customer: str
@@ -233,6 +234,8 @@ class UsageEvent:
     parent: str | None = None
     is_unlimited: bool = False
     is_late: bool = False
+    reference: str | None = None
+    delivered: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
