@@ -18,9 +18,11 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .core.bodies import BodyReader, read_body
 from .core.call import Ended, Plan, ending, place_step, wants_drain
-from .core.observe import BodyReader, Observation, StreamReader, read_body
+from .core.observe import Observation
 from .core.steps import Place, Release, Settle
+from .core.streams import StreamReader
 from .errors import UsageNotRecordedError
 from .ledger.leases import new_hold_id
 from .settling import End, Settler, unrecorded

@@ -9,17 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metered_ai.core.bodies import BodyReader, read_body
 from metered_ai.core.endpoints import DOORS
-from metered_ai.core.observe import (
-    LIMIT,
-    BodyReader,
-    Observation,
-    StreamReader,
-    believable_usage,
-    fingerprint,
-    read_body,
-    usage_is_empty,
-)
+from metered_ai.core.ends import LIMIT
+from metered_ai.core.observe import Observation, believable_usage, fingerprint, usage_is_empty
+from metered_ai.core.streams import StreamReader
 from metered_ai.records import MAX_AMOUNT, Request, Usage
 
 CHAT = DOORS["/chat/completions"]
