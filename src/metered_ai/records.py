@@ -12,6 +12,7 @@ __all__ = [
     "MAX_TOTAL",
     "Balance",
     "Basis",
+    "Deliveries",
     "Grant",
     "Hold",
     "OutboxSummary",
@@ -281,3 +282,14 @@ class OutboxSummary:
     parked: int = 0
     dead: int = 0
     oldest: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deliveries:
+    """What a `deliver` has done: `delivered` events were acknowledged, the rest is left. `alarm` says why nothing is sent at all."""
+
+    delivered: int
+    waiting: int
+    parked: int
+    dead: int
+    alarm: str | None = None

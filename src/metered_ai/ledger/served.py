@@ -66,6 +66,12 @@ class Served(Reading):
     def claim(self, claim: str, lease: float, /, *, limit: int = 1, behind: int = 0) -> Claimed | float | None:
         """Claim what is due of one account, the next one behind `behind`; else the seconds until something is, None if nothing waits."""
         check_name(claim, "claim", ID_LIMIT)
+        # Looked up outside of the write transaction: a claim that finds nothing locks nothing.
+        with self._reading() as fetch:
+            now = self.now()
+            if not fetch(SQL["claimable"], (0, now)):
+                ((due,),) = fetch(SQL["next_due"], ())
+                return None if due is None else max(0, due - now) / 1_000_000
         return cast("Claimed | float | None", self._serve(Claim(claim, lease, limit, behind)))
 
     def mark(self, claimed: Claimed, marks: Sequence[Mark], /, *, give_up_after: float = 86400.0) -> tuple[str, ...]:

@@ -214,6 +214,10 @@ class Serving(Book):
     def _mark(self, step: MarkSent, now: int) -> tuple[str, ...]:
         account_no = step.claimed.account_no
         came_to = tuple([self._mark_one(account_no, mark, step.give_up_after, now) for mark in step.marks])
+        pauses = [mark.pause for mark, outcome in zip(step.marks, came_to, strict=True) if outcome == "again"]
+        if pauses:
+            # After what went well: however many failed together, it is one failure.
+            self._execute(SQL["failed"], (account_no, now + int(max(pauses) * _SECOND)))
         self._execute(SQL["unclaimed"], (account_no, step.claimed.claim))
         return came_to
 
@@ -224,7 +228,6 @@ class Serving(Book):
             for amount, reference in self._execute(SQL["sent"], (mark.no,)).fetchall():
                 self._deliver(account_no, mark.no, amount, reference, mark.details, now)
         elif mark.outcome == "again":
-            self._execute(SQL["failed"], (account_no, now + int(mark.pause * _SECOND)))
             rows = self._execute(SQL["failing"], (mark.no, mark.reason, now)).fetchall()
             since = rows[0][0] if rows else None
             if since is not None and now - since >= give_up_after * _SECOND and self._answers(now):
