@@ -67,7 +67,9 @@ class Tab:
             raise ValueError(f"amount {amount} does not fit on a tab")
 
     def read_balance(self, customer: str, meter: str) -> ServiceBalance:
-        self.reads[customer] += 1
+        with self._changed:
+            self.reads[customer] += 1
+            self._changed.notify_all()
         if self.is_down:
             raise BillingUnavailableError(f"{self.name} does not answer")
         with self._changed:

@@ -19,6 +19,8 @@ __all__ = ["Balances"]
 
 _KNOWN_AT_MOST = 10_000
 
+_ANY = float("-inf")
+
 _Key = tuple[str, str]
 
 
@@ -55,6 +57,11 @@ class Balances:
         self._lock = threading.Lock()
         self._reads: dict[_Key, _Read] = {}
         self._fresh_until: dict[_Key, float] = {}
+        self._answered: dict[_Key, float] = {}
+
+    def now(self) -> float:
+        """The clock that `since` is read from."""
+        return time.monotonic()
 
     def is_fresh(self, customer: str, meter: str) -> bool:
         """The balance in the ledger was heard within `max_age`, as far as this process knows without looking."""
@@ -64,28 +71,26 @@ class Balances:
         """Ask anew before the next hold."""
         self._fresh_until.pop((customer, meter), None)
 
-    def freshen(self, customer: str, meter: str) -> bool:
-        """Have a balance that is young enough; tell whether the service had to be asked. Raises what `read` does."""
-        if self._is_heard(customer, meter):
-            return False
-        self.read(customer, meter)
-        return True
+    def freshen(self, customer: str, meter: str) -> None:
+        """Have a balance that is young enough; the service is asked only if need be. Raises what `read` does."""
+        if not self._is_heard(customer, meter):
+            self.read(customer, meter, since=_ANY)
 
-    async def afreshen(self, customer: str, meter: str) -> bool:
+    async def afreshen(self, customer: str, meter: str) -> None:
         """`freshen`, without blocking the loop."""
-        if await asyncio.to_thread(self._is_heard, customer, meter):
-            return False
-        await self.aread(customer, meter)
-        return True
+        if not await asyncio.to_thread(self._is_heard, customer, meter):
+            await self.aread(customer, meter, since=_ANY)
 
     def read(self, customer: str, meter: str, *, since: float | None = None) -> None:
         """
-        Ask the service and tell the ledger. An answer that was asked for at the monotonic time `since` (now) or later will do.
+        Have the service's answer in the ledger to a question that was asked after `since` (now); any that is under way will do for `_ANY`.
 
         Raises NoSubscriptionError as the service does, BillingUnavailableError where it could not be asked.
         """
         key = (customer, meter)
-        read, is_first = self._join(key, since)
+        read, is_first = self._join(key, time.monotonic() if since is None else since)
+        if read is None:
+            return
         if is_first:
             self._carry_out(read, key)
         _raise(read.future.result())
@@ -93,7 +98,9 @@ class Balances:
     async def aread(self, customer: str, meter: str, *, since: float | None = None) -> None:
         """`read`, in a thread. A cancellation leaves it running for the others that wait."""
         key = (customer, meter)
-        read, is_first = self._join(key, since)
+        read, is_first = self._join(key, time.monotonic() if since is None else since)
+        if read is None:
+            return
         if is_first:
             asyncio.get_running_loop().run_in_executor(None, self._carry_out, read, key)
         _raise(await asyncio.wrap_future(read.future))
@@ -109,17 +116,19 @@ class Balances:
     def _note(self, key: _Key, until: float) -> None:
         if len(self._fresh_until) >= _KNOWN_AT_MOST:
             self._fresh_until.clear()
+            self._answered.clear()
         self._fresh_until[key] = until
 
-    def _join(self, key: _Key, since: float | None) -> tuple[_Read, bool]:
-        """A read to wait for, and whether it is to be carried out by who asks."""
-        since = time.monotonic() if since is None else since
+    def _join(self, key: _Key, since: float) -> tuple[_Read | None, bool]:
+        """A read to wait for, and whether it is to be carried out by who asks; None where it has been."""
         with self._lock:
             running = self._reads.get(key)
+            if _ANY != since < self._answered.get(key, _ANY):
+                return None, False
             if running is None:
                 running = self._reads[key] = _Read(None)
                 return running, True
-            if running.began >= since:
+            if running.began > since:
                 return running, False
             if running.following is None:
                 # The one under way may not know yet what happened before this call: a top-up.
@@ -135,6 +144,7 @@ class Balances:
                 read.behind = None
                 read.began = time.monotonic()
             self._ask(key)
+            self._answered[key] = read.began
             outcome = None
         except Exception as error:  # noqa: BLE001  everybody who waits is told
             outcome = error

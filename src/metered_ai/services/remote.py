@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from ..errors import BillingUnavailableError, NoSubscriptionError
@@ -39,25 +38,25 @@ class Remote:
 
     # Sync and async, side by side.
 
-    def prepare(self, step: Place | Enlarge) -> float | None:
-        """Have a balance to hold against. The moment since which an answer would be news, or None if the service has just been asked."""
+    def prepare(self, step: Place | Enlarge) -> float:
+        """Have a balance to hold against. The moment since which a question to the service counts as asked for this call."""
         began = self._check(step)
-        if step.amount == 0 or self.balances.is_fresh(step.customer, step.meter):
-            return began
-        try:
-            return None if self.balances.freshen(step.customer, step.meter) else began
-        except NoSubscriptionError as error:
-            raise self._required(error, step) from error
+        if step.amount and not self.balances.is_fresh(step.customer, step.meter):
+            try:
+                self.balances.freshen(step.customer, step.meter)
+            except NoSubscriptionError as error:
+                raise self._required(error, step) from error
+        return began
 
-    async def aprepare(self, step: Place | Enlarge) -> float | None:
+    async def aprepare(self, step: Place | Enlarge) -> float:
         """`prepare`, without blocking the loop."""
         began = self._check(step)
-        if step.amount == 0 or self.balances.is_fresh(step.customer, step.meter):
-            return began
-        try:
-            return None if await self.balances.afreshen(step.customer, step.meter) else began
-        except NoSubscriptionError as error:
-            raise self._required(error, step) from error
+        if step.amount and not self.balances.is_fresh(step.customer, step.meter):
+            try:
+                await self.balances.afreshen(step.customer, step.meter)
+            except NoSubscriptionError as error:
+                raise self._required(error, step) from error
+        return began
 
     def has_news(self, step: Place | Enlarge, since: float | None) -> bool:
         """Before a refusal: ask once more, so that a top-up is seen at once. False where that was done, or the service does not answer."""
@@ -92,7 +91,7 @@ class Remote:
 
     def _check(self, step: Place | Enlarge) -> float:
         self.service.check(step.customer, step.meter, step.amount)
-        return time.monotonic()
+        return self.balances.now()
 
     def _required(self, error: NoSubscriptionError, step: Place | Enlarge) -> NoSubscriptionError:
         """The service's refusal, with what only we know."""
