@@ -328,7 +328,7 @@ KEYS = {
     ),
     ("events",): (
         "customer meter transaction_id amount created_at basis kind hold_id usage request_id attempts properties price_slug parent "
-        "is_unlimited is_late"
+        "is_unlimited is_late reference delivered"
     ),
     ("holds",): (
         "id customer meter amount state placed_at expires_at ended_at reason sent transaction_id endpoint model parent is_unlimited "
@@ -668,7 +668,7 @@ def test_no_extra(package, monkeypatch, capsys):
 def test_help(cli):
     """Without arguments it explains itself; every command has a help with its JSON keys."""
     code, out, err = cli()
-    names = "demo grant balance events holds recover verify".split()
+    names = "demo grant balance events holds recover verify deliver outbox".split()
 
     assert (0, "") == (code, err)
     assert [] == [name for name in names if name not in out]

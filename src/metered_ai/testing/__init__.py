@@ -1,7 +1,8 @@
 """
 For tests, ours and yours. Nothing here is imported by the library itself.
 
-`LedgerContract` and `SharedLedgerContract` are what a ledger promises, as pytest classes to subclass; `Clock` is the clock they move.
+`LedgerContract` and `SharedLedgerContract` are what a ledger promises, as pytest classes to subclass, `ServiceLedgerContract`
+what it promises where a remote billing service owns the balances; `Clock` is the clock they move.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .contract import Clock, LedgerContract, SharedLedgerContract
+    from .contract import Clock, LedgerContract, ServiceLedgerContract, SharedLedgerContract
 
-__all__ = ["Clock", "LedgerContract", "SharedLedgerContract"]
+__all__ = ["Clock", "LedgerContract", "ServiceLedgerContract", "SharedLedgerContract"]
 
 
 def __getattr__(name: str) -> Any:
