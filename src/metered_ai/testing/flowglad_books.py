@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import string
@@ -55,6 +56,7 @@ class SubscriptionBooks:
     balances: dict[str, int] = field(default_factory=dict[str, int])
     blocked: set[str] = field(default_factory=set[str])
     granted: set[str] = field(default_factory=set[str])
+    period_id: str = field(default_factory=lambda: new_id("billing_period"))
 
     @property
     def id(self) -> str:
@@ -94,6 +96,7 @@ class FlowgladBooks:
         self.features: dict[str, Json] = {}
         self._work = work
         self._in_flight: list[_Flight] = []
+        self._product_features: dict[tuple[str, str], str] = {}
         self.organization_id = new_id("org")
         self.model: Json = self.made(
             "pricing_model",
@@ -341,7 +344,7 @@ class FlowgladBooks:
             pricingModelId=self.model_id,
         )
         features = [
-            self._feature_item(feature, item["id"], new_id("product_feature"), is_manual=False)
+            self._feature_item(feature, item["id"], self._product_feature(product, feature), is_manual=False)
             for feature in product["features"]
         ]
         made = SubscriptionBooks(wire, [item], features)
@@ -363,6 +366,9 @@ class FlowgladBooks:
 
     def grant(self, subscription: SubscriptionBooks, meter_id: str, amount: int) -> None:
         subscription.balances[meter_id] = subscription.balances.get(meter_id, 0) + amount
+
+    def _product_feature(self, product: Json, feature: Json) -> str:
+        return self._product_features.setdefault((product["id"], feature["id"]), new_id("product_feature"))
 
     def _feature_item(self, feature: Json, item_id: str, product_feature: str | None, *, is_manual: bool) -> Json:
         return self.made(
@@ -605,7 +611,7 @@ class FlowgladBooks:
             customerId=customer.wire["id"],
             subscriptionId=subscription.id,
             usageMeterId=meter["id"],
-            billingPeriodId=new_id("billing_period") if subscription.is_current else None,
+            billingPeriodId=subscription.period_id if subscription.is_current else None,
             amount=int(event["amount"]),
             usageDate=event.get("usageDate", now_ms()),
             transactionId=event["transactionId"],
@@ -726,7 +732,7 @@ class FlowgladBooks:
                 meter_id=wanted.get("usageMeterId"),
                 renewal=wanted.get("renewalFrequency"),
             )
-            return Reply(200, {"feature": _without(made, "description")})
+            return Reply(200, {"feature": made})
 
     def _make_subscription(self, wanted: Json) -> Reply:
         with self.lock:
@@ -814,7 +820,8 @@ class FlowgladBooks:
     def _page(self, rows: list[Json], query: str) -> Reply:
         """A page, oldest first. Filters are ignored; a cursor is the place where the page before ended."""
         asked = parse_qs(query)
-        limit, start = int(asked.get("limit", ["10"])[0]), int(asked.get("cursor", ["0"])[0] or 0)
+        limit = int(asked.get("limit", ["10"])[0])
+        start = _place(asked["cursor"][0]) if "cursor" in asked else 0
         for is_bad, issue in (
             (limit > 100, ("too_big", "maximum", 100, "Too big: expected number to be <=100")),
             (limit < 1, ("too_small", "minimum", 1, "Too small: expected number to be >=1")),
@@ -837,8 +844,8 @@ class FlowgladBooks:
                 200,
                 {
                     "data": page,
-                    "currentCursor": str(start) if start else None,
-                    "nextCursor": str(start + limit) if has_more else None,
+                    "currentCursor": _cursor(start) if start else None,
+                    "nextCursor": _cursor(start + limit) if has_more else None,
                     "hasMore": has_more,
                     "total": len(rows),
                 },
@@ -864,6 +871,17 @@ _BLOCKED = 'Failed to bulk insert into usage_credit_applications: Failed query: 
 
 def now_ms() -> int:
     return int(time.time() * 1000)
+
+
+def _cursor(at: int) -> str:
+    return base64.b64encode(json.dumps({"at": at}).encode()).decode()
+
+
+def _place(cursor: str) -> int:
+    try:
+        return int(json.loads(base64.b64decode(cursor))["at"])
+    except (ValueError, KeyError, TypeError):
+        raise _RefusalError(400, "Invalid cursor", "") from None
 
 
 def _without(record: Json, *names: str) -> Json:
