@@ -137,8 +137,8 @@ def found():
     with FakeFlowglad() as flowglad, httpx.Client() as client:
         load(flowglad, model_without_meter(None))
         comparison = Comparison()
-        for customer, id, subscription_id in CUSTOMERS:
-            flowglad.add_customer(customer, id=id, subscription_id=subscription_id)
+        for customer, customer_id, subscription_id in CUSTOMERS:
+            flowglad.add_customer(customer, id=customer_id, subscription_id=subscription_id)
             flowglad.books.customers[customer].wire |= {"name": customer, "email": f"{customer}@example.com"}
         for case in [*FIRST, *(case for case in CASES if case not in FIRST and case not in ELSEWHERE)]:
             go_before(case, flowglad, client, comparison)
@@ -164,7 +164,6 @@ CUSTOMERS = [
 @pytest.mark.parametrize("case", CASES)
 def test_as_observed(case, found):
     """The fake's status, kind of answer and body are the real server's; ids and times are new, and go together in the same way."""
-
     assert [] == [line for lines in found[case] for line in lines]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Generator, Iterable, Mapping
@@ -24,12 +25,12 @@ class NoAnswerError(Exception):
     """
     No answer that could be read: refused, reset, too slow, too large. The message names neither key nor content.
 
-    `was_sent` False: no byte of the request left, so nothing can have been done.
+    `is_final`: nor will there ever be one.
     """
 
-    def __init__(self, message: str, *, was_sent: bool = True) -> None:
+    def __init__(self, message: str, *, is_final: bool = False) -> None:
         super().__init__(message)
-        self.was_sent = was_sent
+        self.is_final = is_final
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +104,13 @@ class BoundedClient:
                     timeout=httpx.Timeout(seconds),
                 )
                 return _read(client.send(request, stream=True, follow_redirects=False, auth=None), limit)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-                raise NoAnswerError(_shown(error), was_sent=False) from None
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
                 # Without the cause: it carries the request, and that the key.
                 raise NoAnswerError(_shown(error)) from None
 
     def _client(self) -> httpx.Client:
         if self._is_closed:
-            raise NoAnswerError("the client is closed", was_sent=False)
+            raise NoAnswerError("the client is closed", is_final=True)
         if self._given is not None:
             if os.getpid() != self._home:
                 raise ConfigurationError(
@@ -125,7 +124,7 @@ class BoundedClient:
             own = self._own = _Own()
         with own.lock:
             if own.client is None:
-                own.client = httpx.Client(transport=_Transport())
+                own.client = httpx.Client(transport=_Transport(is_secure=self._base_url.startswith("https")))
             return own.client
 
     def close(self) -> None:
@@ -203,8 +202,9 @@ def _left() -> float:
 
 
 class _Transport(httpx.HTTPTransport):
-    def __init__(self) -> None:
-        context = httpx.create_ssl_context()
+    def __init__(self, *, is_secure: bool) -> None:
+        # Reading the certificates takes longer than many a request.
+        context = httpx.create_ssl_context() if is_secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         super().__init__(verify=context, trust_env=False)
         # httpx takes no network of ours, its pool does.
         self._pool = httpcore.ConnectionPool(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -581,7 +582,7 @@ class Flowglad:
         def wait(state: Any) -> float:
             error = state.outcome.exception()
             asked = error.wait if isinstance(error, _TemporaryError) else None
-            return min(0.1 * 2.0**state.attempt_number, 1.0) if asked is None else asked
+            return random.uniform(0.0, 0.1 * 2.0**state.attempt_number) if asked is None else asked  # noqa: S311  no secret
 
         def is_over(state: Any) -> bool:
             return state.attempt_number >= 3 or time.monotonic() + float(state.upcoming_sleep) >= deadline
@@ -590,7 +591,7 @@ class Flowglad:
             try:
                 answer = self._http.request("GET", path, timeout=deadline - time.monotonic(), limit=limit)
             except NoAnswerError as error:
-                raise _TemporaryError(str(error)) from None
+                raise (self._silent(error) if error.is_final else _TemporaryError(str(error))) from None
             if answer.status in (408, 425, 429) or answer.status >= 500:
                 raise _TemporaryError(self._reason(answer), retry_after(answer, time.time()))
             return answer
@@ -604,7 +605,7 @@ class Flowglad:
         try:
             answer = retrying(ask)
         except _TemporaryError as error:
-            raise BillingUnavailableError(f"{self.name} did not answer: {error}") from None
+            raise self._silent(error) from None
         if missing and answer.status == 404 and answer.is_json:
             return None
         self._expect_ok(answer)
@@ -614,7 +615,10 @@ class Flowglad:
         try:
             return self._http.request("POST", path, body=body, timeout=deadline - time.monotonic())
         except NoAnswerError as error:
-            raise BillingUnavailableError(f"{self.name} did not answer: {error}") from None
+            raise self._silent(error) from None
+
+    def _silent(self, error: Exception) -> BillingUnavailableError:
+        return BillingUnavailableError(f"{self.name} did not answer: {error}")
 
     def _expect_ok(self, answer: Answer) -> None:
         if answer.status == 200:

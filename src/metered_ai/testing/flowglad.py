@@ -117,7 +117,7 @@ class FakeFlowglad:
         self.books = FlowgladBooks(key, self.url, self._work)
         """The state itself, for what the methods here do not tell."""
         self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="fake-flowglad", daemon=True
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, name="fake-flowglad", daemon=True
         )
         self._thread.start()
 
