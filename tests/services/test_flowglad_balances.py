@@ -430,6 +430,14 @@ def test_silence():
             service.read_balance("ada", "generations")
 
 
+def test_silent_handshake():
+    """A server that takes the connection and never finishes the TLS handshake is left at the deadline."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        service = Flowglad(KEY, f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=0.2)
+        with pytest.raises(BillingUnavailableError, match="in time"):
+            service.read_balance("ada", "generations")
+
+
 def test_nobody_there():
     """Where nobody listens there is no connection, and the error says so."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -585,20 +593,18 @@ def test_ensure_customer_taken(service, fake):
 
 def test_ensure_customer_refused(service, fake):
     """What the server finds wrong with a customer is a ValueError in its words; no answer is none."""
+    unknown = {"error": "Customer with externalId bob not found", "code": "NOT_FOUND"}
     issue = {"path": ["customer", "email"], "message": "Invalid email"}
-    fake.fault(status=400, body={"error": [issue], "code": "BAD_REQUEST"}, path="/customers")
-    with pytest.raises(BillingUnavailableError):
-        service.ensure_customer("bob", name="Bob", email="bob")
-    fake.fault(status=200, path="/customers/none")
-    fake.add_customer("none")
-    fake._script.clear()
-    fake.fault(status=404, body={"error": "no", "code": "NOT_FOUND"}, path="/customers/bob")
-    fake.fault(status=400, body={"error": [issue], "code": "BAD_REQUEST"}, path="/customers")
+    fake.fault(status=404, body=unknown)
+    fake.fault(status=400, body={"error": [issue], "code": "BAD_REQUEST"})
     with pytest.raises(ValueError, match=r"customer.email: Invalid email"):
         service.ensure_customer("bob", name="Bob", email="bob")
-    fake.fault(status=503, path="/customers/bob", times=3)
-    with pytest.raises(BillingUnavailableError):
-        service.ensure_customer("bob", name="Bob", email="bob@example.com")
+
+    for status in (503, 401):
+        fake.fault(status=404, body=unknown)
+        fake.fault(status=status)
+        with pytest.raises(BillingUnavailableError, match=str(status)):
+            service.ensure_customer("bob", name="Bob", email="bob@example.com")
 
 
 def test_new_customer_is_seen(service):

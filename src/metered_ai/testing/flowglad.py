@@ -102,6 +102,8 @@ class FakeFlowglad:
 
     def __init__(self, *, key: str = KEY, port: int = 0, pause: float = 0.0) -> None:
         self.key = key
+        self.webhook_secret = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+        """What its webhooks are signed with."""
         self.pause = pause
         self.requests: list[Asked] = []
         self.is_down = False
@@ -274,9 +276,9 @@ class FakeFlowglad:
             ]
 
     def webhook(
-        self, kind: str, customer: str, secret: str, *, at: float | None = None
+        self, kind: str, customer: str, secret: str | None = None, *, at: float | None = None
     ) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of a webhook such as subscription.created, signed with `secret` (whsec_…) at a time."""
+        """Body and headers of a webhook such as subscription.created, signed at a time with `secret`, else `webhook_secret`."""
         with self.books.lock:
             wire = self.books.customers[customer].wire
         noun = kind.partition(".")[0]
@@ -289,7 +291,7 @@ class FakeFlowglad:
             }
         ).encode()
         message_id, sent = f"msg_{secrets.token_hex(8)}", str(int(time.time() if at is None else at))
-        key = base64.b64decode(secret.removeprefix("whsec_"))
+        key = base64.b64decode((secret or self.webhook_secret).removeprefix("whsec_"))
         signature = hmac.new(key, f"{message_id}.{sent}.".encode() + body, hashlib.sha256).digest()
         headers = {
             "svix-id": message_id,
