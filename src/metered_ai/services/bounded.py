@@ -168,7 +168,10 @@ def _shown(error: Exception) -> str:
 def _read(response: httpx.Response, limit: int) -> Answer:
     body = bytearray()
     try:
-        for piece in response.iter_raw():
+        if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+            # A megabyte of it may hold a thousand.
+            raise NoAnswerError("the answer is compressed, which nobody asked for")
+        for piece in response.iter_bytes():
             body += piece
             if len(body) > limit:
                 raise NoAnswerError(f"the answer is longer than {limit} bytes")
@@ -176,8 +179,6 @@ def _read(response: httpx.Response, limit: int) -> Answer:
                 raise NoAnswerError("no answer in time")
     finally:
         response.close()
-    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise NoAnswerError("the answer is compressed, which nobody asked for")
     return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()}, bytes(body))
 
 
