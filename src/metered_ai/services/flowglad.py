@@ -108,7 +108,8 @@ class Flowglad:
     - `plan_age`: seconds for which features and limits are believed, 3600 by default. They come with a large answer (70 KB and more),
       which is asked for at most so often for each customer, unless the customer has no balance or another subscription than
       was known. A webhook makes it forget. `estimate_limits=False` asks only where features matter.
-    - `timeout`: seconds that a question or a usage event may take in all, repeats included; 10 by default.
+    - `timeout`: seconds that a question may take in all, repeats included, and a request with usage events; 10 by default, 60 at
+      most. A usage event whose subscription must be asked for, or that is sent in parts, may take twice as long.
     - `http_client`: an `httpx.Client` of yours, for proxies and certificates; you close it, and it cannot be used after a fork.
 
     Raises ConfigurationError naming what cannot be. No message, repr or log line carries the key.
@@ -133,9 +134,9 @@ class Flowglad:
         _check_choice(on_missing_meter, "on_missing_meter", "refuse", "allow")
         _check_choice(meters_by, "meters_by", "slug", "id")
         _check_choice(prices_by, "prices_by", "slug", "id")
-        for name, seconds, least in (("plan_age", plan_age, 0.0), ("timeout", timeout, 0.001)):
-            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not least <= seconds <= 86400:
-                raise ConfigurationError(f"{name} is a number of seconds from {least} to 86400, not {seconds!r}")
+        for name, seconds, least, most in (("plan_age", plan_age, 0, 86400), ("timeout", timeout, 0.001, 60)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not least <= seconds <= most:
+                raise ConfigurationError(f"{name} is a number of seconds from {least} to {most}, not {seconds!r}")
         if not isinstance(unlimited_feature, str | Mapping | None):
             raise ConfigurationError(
                 f"unlimited_feature is a feature's slug, or a mapping from meters to such slugs, not {unlimited_feature!r}"
@@ -233,6 +234,7 @@ class Flowglad:
         """
         if not event.amount:
             return Delivery("already_there", "0 credits are not sent")
+        deadline = time.monotonic() + 2 * self._timeout
         try:
             subscription_id = event.reference or self._find_subscription(event)
             parts = _split(event)
@@ -241,7 +243,7 @@ class Flowglad:
             said: list[Delivery] = []
             for transaction_id, amount in parts:
                 body = self._event_body(event, transaction_id, amount, subscription_id)
-                said.append(self._write_one(event, body))
+                said.append(self._write_one(event, body, deadline - time.monotonic()))
                 if said[-1].outcome not in ("recorded", "already_there"):
                     return said[-1]
         except NoSubscriptionError as error:
@@ -534,9 +536,9 @@ class Flowglad:
             body["properties"] = dict(event.properties)
         return body
 
-    def _write_one(self, event: UsageEvent, body: Mapping[str, Any]) -> Delivery:
+    def _write_one(self, event: UsageEvent, body: Mapping[str, Any], timeout: float) -> Delivery:
         try:
-            answer = self._http.request("POST", "/usage-events", body={"usageEvent": body})
+            answer = self._http.request("POST", "/usage-events", body={"usageEvent": body}, timeout=timeout)
         except NoAnswerError as error:
             return Delivery("again", str(error))
         if answer.status != 200:
