@@ -32,7 +32,7 @@ def page() -> str:
         if isinstance(node, ast.ClassDef)
     }
     parts = [classes[base.id] for base in classes["LedgerContract"].bases if isinstance(base, ast.Name)]
-    parts.append(classes["SharedLedgerContract"])
+    parts += [classes["SharedLedgerContract"], classes["ServiceLedgerContract"]]
     sections = [(_sentence(part), list(_promises(part))) for part in parts]
     text = HEAD.format(count=sum(len(promises) for _, promises in sections))
     for title, promises in sections:

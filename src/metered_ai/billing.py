@@ -17,7 +17,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from .errors import BillingUnavailableError, ConfigurationError, InsufficientCreditsError
 
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
     from .charge import Charge
     from .core.call import Policies
-    from .core.steps import Place, Renew, Step
-    from .ledger import Ledger, Recovery, Verification
-    from .records import Balance, Grant, Hold, UsageEvent, UsageSum
+    from .core.steps import Enlarge, Place, Renew, Step
+    from .ledger import Ledger, Recovery, ServiceLedger, Verification
+    from .records import Balance, Deliveries, Grant, Hold, OutboxSummary, Undelivered, UsageEvent, UsageSum
+    from .services import BillingService
+    from .services.remote import Remote
     from .settings import PolicyOptions, Settings
     from .settling import End, Settler
 
@@ -40,6 +42,9 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 DEFAULT_URL = "sqlite:///metered_ai.db"
+
+DELIVER_AT_CLOSE = 5.0
+"""Seconds that `close` tries to tell a remote service what it does not have yet."""
 
 
 def billing_url(url: str | None = None) -> str:
@@ -58,15 +63,39 @@ def billing_url(url: str | None = None) -> str:
                 f"a SQLite ledger is sqlite:///file.db or sqlite:////folder/file.db, not {given!r}"
             )
         return f"sqlite:///{Path(unquote(rest[1:])).resolve()}"
-    if separator and scheme in ("postgresql", "postgres", "flowglad"):
+    if separator and scheme == "flowglad":
+        return _flowglad_url(rest)
+    if separator and scheme in ("postgresql", "postgres"):
         raise ConfigurationError(f"this release has no {scheme} billing; it has sqlite:///file.db and memory://")
     shown = f"{scheme}://…" if separator else given
     raise ConfigurationError(f"cannot bill through {shown!r}; known are sqlite:///file.db and memory://")
 
 
+def _flowglad_url(rest: str) -> str:
+    """`?ledger=…` and options of `Flowglad`, with the ledger's absolute path. Nothing of it is shown in errors: it may hold a key."""
+    path, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if {"secret_key", "key", "api_key"} & set(options) or "@" in path:
+        raise ConfigurationError(
+            "Flowglad's key is never part of a URL, where logs would show it; set FLOWGLAD_SECRET_KEY"
+        )
+    if path.strip("/"):
+        raise ConfigurationError("Flowglad is flowglad://?ledger=sqlite:///file.db; its address is the option base_url")
+    ledger = billing_url(options.pop("ledger", DEFAULT_URL))
+    if ledger.startswith("flowglad:"):
+        raise ConfigurationError("the ledger beside Flowglad is sqlite:///file.db or memory://, not another service")
+    return "flowglad://?" + urlencode({"ledger": ledger, **options}, quote_via=quote, safe="/:")
+
+
+def ledger_url(url: str) -> str:
+    """The ledger of a billing URL: what stands beside a service, else the URL itself."""
+    return dict(parse_qsl(url.partition("?")[2])).get("ledger", url) if url.startswith("flowglad:") else url
+
+
 def connect(url: str | None = None, /, **policies: Unpack[PolicyOptions]) -> Billing:
     """
-    Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`.
+    Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`,
+    `flowglad://?ledger=sqlite:///credits.db` (with FLOWGLAD_SECRET_KEY; further options of `Flowglad` follow with `&`).
 
     Without a URL METERED_AI_BILLING is read, else it is `sqlite:///metered_ai.db`. Opens nothing yet. You close it.
     The keywords are the policies of `Billing`. Raises ConfigurationError naming the value that cannot be, TypeError for a misspelled one.
@@ -85,6 +114,9 @@ class Billing:
     `on_settle_failure` return or raise; `lease`, `heartbeat`, `max_call`, `hold_patience`, `settle_patience`, `wait_for_credits` in
     seconds; `max_holds` of a customer; `durability` full or relaxed; `auto_migrate`; `spool` a folder; `default_max_output_tokens`;
     `upgrade_url` carried in refusals.
+
+    With `service=` a remote system owns the balances: the ledger holds against what it says, heard at most `max_balance_age` seconds ago, and a
+    background thread tells it of every usage event. The service is yours to close.
     """
 
     def __init__(self, ledger: str | Ledger, /, **policies: Unpack[PolicyOptions]) -> None:
@@ -93,6 +125,10 @@ class Billing:
         self.settings: Settings = settings(cast("dict[str, Any]", policies))
         self._url = billing_url(ledger) if isinstance(ledger, str) else None
         self._given = None if isinstance(ledger, str) else ledger
+        if self._url is not None and self._url.startswith("flowglad:") and self.settings.service is not None:
+            raise ConfigurationError(
+                "a flowglad:// URL names the service already; give service= with the ledger's own URL"
+            )
         self._policies: Policies | None = None
         self._is_closed = False
         self._reset()
@@ -102,6 +138,7 @@ class Billing:
         self._lock = threading.RLock()
         self._opened: tuple[Ledger, Settler] | None = None
         self._owner: str | None = None
+        self._remote: Remote | None = None
         # What opening brought in and parked, until `recover` has told of it.
         self._replayed = (0, 0)
         self._streams: dict[int, Callable[[], None]] = {}
@@ -113,6 +150,8 @@ class Billing:
         self._owner = None
         self._streams = {}
         self._drains = threading.BoundedSemaphore(8)
+        if self._remote is not None:
+            self._remote.after_fork()
         if opened is not None:
             opened[1].after_fork()
 
@@ -167,27 +206,68 @@ class Billing:
         keeps = self.settings
         state = state_folder()
         ledger, place = self._make_ledger()
+        self._remote = self._make_remote(ledger)
         if keeps.spool is not None:
             place = place_in(Path(keeps.spool), place)
-        elif self._url is None or self._url == "memory://":
+        elif self._url is None or ledger_url(self._url) == "memory://":
             # No file of its own that the spool could stand beside.
             place = place_in(state or Path.cwd(), place)
-        return ledger, Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
+        settler = Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
+        if self._remote is not None:
+            settler.after_settle = self._remote.sender.wake
+        return ledger, settler
+
+    def _make_remote(self, ledger: Ledger) -> Remote | None:
+        """The service, if there is one, with the ledger bound to it."""
+        service = self._make_service()
+        if service is None:
+            return None
+        from .services.remote import Remote
+
+        try:
+            if not hasattr(ledger, "bind"):
+                raise ConfigurationError(f"{ledger.name} cannot serve {service.name}: it keeps no outbox")
+            bound = cast("ServiceLedger", ledger)
+            bound.bind(service.name)
+        except BaseException:
+            if self._given is None:
+                ledger.close()
+            raise
+        remote = Remote(service, bound, self.settings.max_balance_age, self.settings.upgrade_url)
+        # Its threads keep what they need alive, but not a billing that nobody has any more.
+        weakref.finalize(self, remote.sender.abandon).atexit = False
+        return remote
+
+    def _make_service(self) -> BillingService | None:
+        if self._url is None or not self._url.startswith("flowglad:"):
+            return cast("BillingService | None", self.settings.service)
+        from importlib import import_module
+
+        # By its name: whoever has no such URL loads nothing of it.
+        flowglad: Callable[..., BillingService] = import_module("metered_ai.services.flowglad").Flowglad
+        options: dict[str, Any] = dict(parse_qsl(self._url.partition("?")[2], keep_blank_values=True))
+        del options["ledger"]
+        try:
+            options.update({name: float(options[name]) for name in {"timeout", "plan_age"} & set(options)})
+            return flowglad(**options)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"Flowglad takes no such option in a URL: {error}") from error
 
     def _make_ledger(self) -> tuple[Ledger, Path]:
         """The ledger, and a path that stands for it and for no other."""
         keeps = self.settings
         if self._given is not None:
             return self._given, Path(f"/ledger-{sha256(self._given.name.encode()).hexdigest()[:16]}")
-        if self._url == "memory://":
+        url = None if self._url is None else ledger_url(self._url)
+        if url == "memory://":
             from .ledger.memory import MemoryLedger
 
             return MemoryLedger(), Path(f"/memory-{os.urandom(8).hex()}")
 
         from .ledger.sqlite import SqliteLedger
 
-        assert self._url is not None
-        path = Path(self._url.removeprefix("sqlite:///"))
+        assert url is not None
+        path = Path(url.removeprefix("sqlite:///"))
         _log.info("credits are kept in %s", path)
         ledger = SqliteLedger(
             path,
@@ -217,6 +297,8 @@ class Billing:
             sweep=partial(_sweep, weakref.ref(self)),
             sweep_every=keeps.lease / 2,
         )
+        if self._remote is not None:
+            self._remote.sender.look()
         self._owner = owner
 
     # Holds, for the clients and for charges.
@@ -255,15 +337,20 @@ class Billing:
 
     def _place(self, ledger: Ledger, settler: Settler, step: Place) -> Hold:
         patience: _Patience | None = None
+        since = None if self._remote is None else self._remote.prepare(step)
         while True:
             try:
                 return cast("Hold", ledger.run(step))
             except InsufficientCreditsError as error:
+                if self._remote is not None and self._remote.has_news(step, since):
+                    since = None
+                    continue
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
                     raise
+                since = None
                 time.sleep(pause)
             except BaseException as error:
                 if not isinstance(error, Exception):
@@ -272,21 +359,50 @@ class Billing:
 
     async def _aplace(self, settler: Settler, step: Place) -> Hold:
         patience: _Patience | None = None
+        since = None if self._remote is None else await self._remote.aprepare(step)
         while True:
             try:
                 return cast("Hold", await settler.run(step))
             except InsufficientCreditsError as error:
+                if self._remote is not None and await self._remote.ahas_news(step, since):
+                    since = None
+                    continue
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
                     raise
+                since = None
                 await asyncio.sleep(pause)
             except BaseException as error:
                 if not isinstance(error, Exception):
                     # Cancelled while the hold was being placed: whichever arrives first, no hold stays.
                     settler.submit(_undo(step))
                 raise
+
+    def _enlarge(self, step: Enlarge) -> None:
+        since = None if self._remote is None else self._remote.prepare(step)
+        while True:
+            try:
+                self.ledger.run(step)
+                return
+            except InsufficientCreditsError as error:
+                if self._remote is None or not self._remote.has_news(step, since):
+                    error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                    raise
+                since = None
+
+    async def _aenlarge(self, step: Enlarge) -> None:
+        since = None if self._remote is None else await self._remote.aprepare(step)
+        while True:
+            try:
+                await self._settler.run(step)
+                return
+            except InsufficientCreditsError as error:
+                if self._remote is None or not await self._remote.ahas_news(step, since):
+                    error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
+                    raise
+                since = None
 
     def _watch(self, call: object, stop: Callable[[], None]) -> None:
         """Remember a stream that has not ended, so that the end of the program ends it."""
@@ -343,7 +459,7 @@ class Billing:
     ) -> UsageEvent:
         """Record usage after the fact, without a hold; it may go into debt. The same id again gives the first event."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", self._run(step))
+        return cast("UsageEvent", self._recorded(self._run(step)))
 
     async def arecord(
         self,
@@ -357,7 +473,12 @@ class Billing:
     ) -> UsageEvent:
         """`record`, without blocking the loop."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", await self._arun(step))
+        return cast("UsageEvent", self._recorded(await self._arun(step)))
+
+    def _recorded(self, event: object) -> object:
+        if self._remote is not None:
+            self._remote.sender.wake()
+        return event
 
     def charge(
         self,
@@ -389,17 +510,25 @@ class Billing:
             properties=properties,
         )
 
-    def balance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:  # noqa: ARG002  a ledger is always fresh
-        """The balance now, with everything that this process has handed over. `refresh` asks a remote service anew; the ledger is always exact."""
+    def balance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:
+        """
+        The balance now, with everything that this process has handed over.
+
+        `refresh` asks a remote service anew, which is done anyway where its word is older than `max_balance_age`; then its
+        NoSubscriptionError and BillingUnavailableError come through. A ledger that keeps its own credits is always exact.
+        """
         self._settle_queue()
-        return self.ledger.balance(customer, meter)
+        ledger = self.ledger
+        if self._remote is not None:
+            self._remote.refresh(customer, meter, is_forced=refresh)
+        return ledger.balance(customer, meter)
 
     async def abalance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:
         """`balance`, without blocking the loop."""
         return await asyncio.to_thread(self.balance, customer, meter, refresh=refresh)
 
     def balances(self, customer: str, /) -> list[Balance]:
-        """The balances of every meter that the customer has used or was granted."""
+        """The balances of every meter that the customer has used or was granted. Of a remote service: as they were last heard."""
         self._settle_queue()
         return self.ledger.balances(customer)
 
@@ -534,13 +663,15 @@ class Billing:
         return await asyncio.to_thread(self.verify)
 
     def readiness(self) -> list[str]:
-        """Why new calls would be refused now; empty when all is well. For a readiness probe."""
+        """Why new calls would be refused now, or soon, because a remote service refuses us; empty when all is well. For a readiness probe."""
         reasons: list[str] = []
         try:
             ledger, settler = self._open()
             if settler.is_waiting:
                 reasons.append(f"usage waits to be written to {ledger.name}")
             ledger.balance("readiness", "readiness")
+            if self._remote is not None and self._remote.sender.alarm is not None:
+                reasons.append(self._remote.sender.alarm)
         except BillingUnavailableError as error:
             reasons.append(str(error))
         return reasons
@@ -548,6 +679,83 @@ class Billing:
     async def areadiness(self) -> list[str]:
         """`readiness`, without blocking the loop."""
         return await asyncio.to_thread(self.readiness)
+
+    # What a remote service must still be told.
+
+    def deliver(self, timeout: float = 30.0) -> Deliveries:
+        """
+        Tell the remote service of the usage it does not have yet, in this thread, for at most `timeout` seconds and one request longer.
+
+        For cron, and for processes that end early: where a program runs, a background thread does it. ConfigurationError without a service.
+        """
+        from .records import Deliveries
+
+        self._settle_queue()
+        ledger, _ = self._open()
+        if self._remote is None:
+            raise ConfigurationError(f"{ledger.name} has no service to deliver to; give Billing a service=")
+        delivered = self._remote.sender.deliver(timeout)
+        left = cast("ServiceLedger", ledger).undelivered_summary()
+        return Deliveries(delivered, left.waiting, left.parked, left.dead, self._remote.sender.alarm)
+
+    async def adeliver(self, timeout: float = 30.0) -> Deliveries:  # noqa: ASYNC109  as `deliver`
+        """`deliver`, without blocking the loop."""
+        return await asyncio.to_thread(self.deliver, timeout)
+
+    def outbox(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        state: Literal["waiting", "parked", "dead"] | None = None,
+    ) -> Iterator[Undelivered]:
+        """Usage events that the remote service does not have yet, and why; in order within each customer and meter."""
+        self._settle_queue()
+        return self._keeps_outbox().undelivered(customer, meter, state=state)
+
+    def aoutbox(
+        self,
+        customer: str | None = None,
+        meter: str | None = None,
+        *,
+        state: Literal["waiting", "parked", "dead"] | None = None,
+    ) -> AsyncIterator[Undelivered]:
+        """`outbox`, read in a thread."""
+        return _in_thread(lambda: self.outbox(customer, meter, state=state))
+
+    def outbox_summary(self) -> OutboxSummary:
+        """How many usage events the remote service does not have yet, by state, and the age of the oldest in seconds. For metrics."""
+        self._settle_queue()
+        return self._keeps_outbox().undelivered_summary()
+
+    async def aoutbox_summary(self) -> OutboxSummary:
+        """`outbox_summary`, without blocking the loop."""
+        return await asyncio.to_thread(self.outbox_summary)
+
+    def replay(
+        self, customer: str | None = None, meter: str | None = None, *, transaction_id: str | None = None
+    ) -> int:
+        """
+        Let parked and dead usage events be sent again, after what was wrong there has been put right. How many there are.
+
+        All of them, or those of a customer, a meter, a transaction id. A customer's parked meter is replayed as a whole, in order.
+        """
+        count = self._keeps_outbox().replay(customer, meter, transaction_id)
+        if count and self._remote is not None:
+            self._remote.sender.wake()
+        return count
+
+    async def areplay(
+        self, customer: str | None = None, meter: str | None = None, *, transaction_id: str | None = None
+    ) -> int:
+        """`replay`, without blocking the loop."""
+        return await asyncio.to_thread(self.replay, customer, meter, transaction_id=transaction_id)
+
+    def _keeps_outbox(self) -> ServiceLedger:
+        ledger = self.ledger
+        if not hasattr(ledger, "undelivered"):
+            raise ConfigurationError(f"{ledger.name} keeps no outbox")
+        return cast("ServiceLedger", ledger)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until every call that has ended in this process is in the ledger. False when `timeout` seconds were not enough."""
@@ -562,7 +770,8 @@ class Billing:
         """
         Bring in what has ended, end streams that nobody reads any more, and close the ledger if this object opened it.
 
-        Holds of calls that are running stay. Closing twice changes nothing.
+        A remote service is told what can be told within five seconds; the rest stays in the outbox. Holds of calls that are running stay.
+        Closing twice changes nothing.
         """
         with self._lock:
             if self._is_closed:
@@ -580,9 +789,14 @@ class Billing:
             from .ledger.leases import heartbeat
 
             heartbeat.forget(self._owner)
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.sender.close(DELIVER_AT_CLOSE)
         self._opened = self._owner = None
         if self._given is None:
             ledger.close()
+        if remote is not None and self.settings.service is None:
+            remote.service.close()
 
     async def aclose(self) -> None:
         """`close`, without blocking the loop."""
@@ -694,6 +908,8 @@ def _sweep(billing: weakref.ref[Billing]) -> None:
         settler.adopt()
         settler.start_retrying()
         found = ledger.recover()
+        if alive._remote is not None:
+            alive._remote.sender.look()
         if found.resolved:
             _log.warning(
                 "%d holds of processes that died were resolved: %d released (in doubt: %d), %d charged",

@@ -109,7 +109,7 @@ class Charge:
         """Hold more, then charge `amount`. InsufficientCreditsError leaves everything as it was."""
         self._check_open()
         if check_amount(amount, "amount") > self._held:
-            self._billing.ledger.run(self._enlarge(amount))
+            self._billing._enlarge(self._enlarge(amount))
             self._held = amount
         self._amount = amount
 
@@ -147,7 +147,7 @@ class Charge:
         """`raise_to`, without blocking the loop."""
         self._check_open()
         if check_amount(amount, "amount") > self._held:
-            await self._billing._settler.run(self._enlarge(amount))
+            await self._billing._aenlarge(self._enlarge(amount))
             self._held = amount
         self._amount = amount
 

@@ -12,9 +12,12 @@ __all__ = [
     "MAX_TOTAL",
     "Balance",
     "Basis",
+    "Deliveries",
     "Grant",
     "Hold",
+    "OutboxSummary",
     "Request",
+    "Undelivered",
     "Usage",
     "UsageEvent",
     "UsageSum",
@@ -250,3 +253,43 @@ class UsageSum:
     calls: int
     input_tokens: int
     output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """
+    A usage event that the remote service does not have yet.
+
+    `state` is waiting, parked (this customer's meter is stuck there) or dead (it can never be recorded as it is); `reason` says why, or
+    how the last of the `attempts` went. `amount` is what the service is told: the event's, less what a correction took back.
+    `age` is seconds since the event, `not_before` when it is tried again, None where that is now or never.
+    """
+
+    event: UsageEvent
+    state: Literal["waiting", "parked", "dead"]
+    amount: int
+    attempts: int
+    reason: str | None
+    age: float
+    not_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxSummary:
+    """How many usage events the remote service does not have yet, by state; `oldest` is the age of the oldest one in seconds."""
+
+    waiting: int = 0
+    parked: int = 0
+    dead: int = 0
+    oldest: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deliveries:
+    """What a `deliver` has done: `delivered` events were acknowledged, the rest is left. `alarm` says why nothing is sent at all."""
+
+    delivered: int
+    waiting: int
+    parked: int
+    dead: int
+    alarm: str | None = None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigurationError
 from .records import MAX_AMOUNT
 
+if TYPE_CHECKING:
+    from .services import BillingService
+
 __all__ = ["PolicyOptions", "Settings", "settings"]
+
+_OF_A_SERVICE = ("name", "check", "read_balance", "write_usage_event", "close")
 
 Seconds = Annotated[float, Field(ge=0, le=30 * 86400, allow_inf_nan=False)]
 
@@ -18,6 +23,8 @@ Seconds = Annotated[float, Field(ge=0, le=30 * 86400, allow_inf_nan=False)]
 class PolicyOptions(TypedDict, total=False):
     """The keywords of `connect` and `Billing`; the README's table says what each does."""
 
+    service: BillingService | None
+    max_balance_age: float
     on_unknown: Literal["release", "charge"]
     on_failure: Literal["release", "observed"]
     on_abort: Literal["observed", "hold", "drain"]
@@ -42,6 +49,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
+    service: Any = None
+    max_balance_age: Seconds = 300.0
     on_unknown: Literal["release", "charge"] = "release"
     on_failure: Literal["release", "observed"] = "release"
     on_abort: Literal["observed", "hold", "drain"] = "observed"
@@ -59,6 +68,14 @@ class Settings(BaseModel):
     default_max_output_tokens: Annotated[int, Field(ge=1, le=MAX_AMOUNT)] = 4096
     wait_for_credits: Seconds = 0.0
     upgrade_url: str | None = None
+
+    @field_validator("service")
+    @classmethod
+    def _is_service(cls, service: object) -> object:
+        missing = [name for name in _OF_A_SERVICE if service is not None and not hasattr(service, name)]
+        if missing:
+            raise ValueError(f"no BillingService: it has no {', '.join(missing)}")
+        return service
 
     @model_validator(mode="after")
     def _lease_outlasts_beats(self) -> Settings:

@@ -76,6 +76,8 @@ class Settler:
     def __init__(self, ledger: Ledger, spool: Spool) -> None:
         self._ledger = ledger
         self._spool = spool
+        self.after_settle: Callable[[], None] | None = None
+        """Told after each settle that the ledger took."""
         self._reset()
 
     def _reset(self) -> None:
@@ -247,6 +249,8 @@ class Settler:
         if isinstance(result, Settled):
             for tell in end.told:
                 tell(result)
+            if self.after_settle is not None:
+                self.after_settle()
 
     def _failed(self, end: End, error: Exception) -> Exception:
         step = end.step

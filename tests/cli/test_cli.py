@@ -328,7 +328,7 @@ KEYS = {
     ),
     ("events",): (
         "customer meter transaction_id amount created_at basis kind hold_id usage request_id attempts properties price_slug parent "
-        "is_unlimited is_late"
+        "is_unlimited is_late reference delivered"
     ),
     ("holds",): (
         "id customer meter amount state placed_at expires_at ended_at reason sent transaction_id endpoint model parent is_unlimited "

@@ -12,7 +12,7 @@ import pytest
 from metered_ai.ledger import Ledger
 from metered_ai.ledger.memory import MemoryLedger
 from metered_ai.ledger.sqlite import SqliteLedger
-from metered_ai.testing import Clock, LedgerContract, SharedLedgerContract
+from metered_ai.testing import Clock, LedgerContract, ServiceLedgerContract, SharedLedgerContract
 
 
 class TestSqliteFull(SharedLedgerContract):
@@ -26,6 +26,16 @@ class TestSqliteRelaxed(SharedLedgerContract):
 
 
 class TestMemory(LedgerContract):
+    def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
+        return MemoryLedger(clock=clock)
+
+
+class TestSqliteServing(ServiceLedgerContract):
+    def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
+        return SqliteLedger(tmp_path / "credits.db", clock=clock)
+
+
+class TestMemoryServing(ServiceLedgerContract):
     def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
         return MemoryLedger(clock=clock)
 

@@ -30,7 +30,7 @@ from metered_ai.errors import (
     MeteringError,
     SchemaTooNewError,
 )
-from metered_ai.ledger import accounts, files, reading, upkeep
+from metered_ai.ledger import accounts, files, reading, serving, upkeep
 from metered_ai.ledger.memory import MemoryLedger
 from metered_ai.ledger.sqlite import SqliteLedger
 from metered_ai.ledger.statements import narrowed, split
@@ -329,27 +329,28 @@ class TestSchema:
         with closing(sqlite3.connect(path)) as other:
             assert (99,) == other.execute("PRAGMA user_version").fetchone()
 
-    SECOND = ("0001_first.sql", "0002_second.sql")
+    NOW = len(files.MIGRATIONS)
+    NEXT = (*files.MIGRATIONS, "9999_next.sql")
 
     @staticmethod
-    def second(file: str) -> list[str]:
+    def next(file: str) -> list[str]:
         return ["CREATE TABLE more (no)", "UPDATE account SET credit_limit = credit_limit + 1"]
 
     def test_older(self, path: Path, ledger: SqliteLedger) -> None:
         """An older file is brought up to date in one transaction, and a second time is no time."""
         with closing(files.connect(str(path))) as connection:
-            assert files.migrate(connection, str(path), migrations=self.SECOND, read=self.second)
-            assert not files.migrate(connection, str(path), migrations=self.SECOND, read=self.second)
-            assert (2,) == connection.execute("PRAGMA user_version").fetchone()
+            assert files.migrate(connection, str(path), migrations=self.NEXT, read=self.next)
+            assert not files.migrate(connection, str(path), migrations=self.NEXT, read=self.next)
+            assert (self.NOW + 1,) == connection.execute("PRAGMA user_version").fetchone()
             assert (101,) == connection.execute("SELECT credit_limit FROM account").fetchone()
 
     def test_older_refused(self, path: Path, ledger: SqliteLedger) -> None:
         """With auto_migrate=False an older file is refused, naming both versions."""
         with (
             closing(files.connect(str(path))) as connection,
-            pytest.raises(ConfigurationError, match=r"version 1.*needs 2"),
+            pytest.raises(ConfigurationError, match=rf"version {self.NOW}.*needs {self.NOW + 1}"),
         ):
-            files.migrate(connection, str(path), auto_migrate=False, migrations=self.SECOND, read=self.second)
+            files.migrate(connection, str(path), auto_migrate=False, migrations=self.NEXT, read=self.next)
         with closing(SqliteLedger(path.with_name("new.db"), auto_migrate=False)) as new:
             new.run(GRANT)
 
@@ -360,10 +361,10 @@ class TestSchema:
                 files.migrate(
                     connection,
                     str(path),
-                    migrations=self.SECOND,
-                    read=lambda file: [*self.second(file), "CREATE TABLE account (x)"],
+                    migrations=self.NEXT,
+                    read=lambda file: [*self.next(file), "CREATE TABLE account (x)"],
                 )
-            assert (1,) == connection.execute("PRAGMA user_version").fetchone()
+            assert (self.NOW,) == connection.execute("PRAGMA user_version").fetchone()
             assert (100,) == connection.execute("SELECT credit_limit FROM account").fetchone()
 
     def test_migrated_at_once(self, path: Path) -> None:
@@ -896,9 +897,14 @@ class TestClosing:
 
 class TestCost:
     # Each a scan on purpose: of the few open holds there are, at a heartbeat or when dead owners are removed.
-    SCANS = ("holds_of_owner", "owners_pruned")
+    # And of the one row that names the service, of what is not delivered yet, or of an empty ledger when it is bound.
+    SCANS = (
+        *("holds_of_owner", "owners_pruned"),
+        *("service", "answered", "failing", "undelivered_counts", "put_aside", "own_books", "accounts_bound"),
+        *("claimable", "next_due"),
+    )
 
-    @pytest.mark.parametrize("statements", [accounts.SQL, reading._SQL], ids=["steps", "reads"])
+    @pytest.mark.parametrize("statements", [accounts.SQL, reading._SQL, serving.SQL], ids=["steps", "reads", "outbox"])
     def test_plans(self, path: Path, ledger: SqliteLedger, statements: dict[str, str]) -> None:
         """Every statement of a step and of a listing is a search by an index; none sorts or builds a table."""
         connection = ledger._writer.connection

@@ -247,9 +247,9 @@ def events(
     List usage events: what was charged, for what. The newest come last.
 
     JSON, a list: customer, meter, transaction_id, amount, created_at, basis (reported, observed, estimated, held), kind (call, charge,
-    record, expired, correction), hold_id, usage, request_id, attempts, properties, price_slug, parent, is_unlimited, is_late. usage is null
-    or an object: model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-    audio_tokens, seconds, images, characters. Without --limit the list goes by customer and meter.
+    record, expired, correction), hold_id, usage, request_id, attempts, properties, price_slug, parent, is_unlimited, is_late, reference,
+    delivered. usage is null or an object: model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
+    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters. Without --limit the list goes by customer and meter.
     """
     _name(customer, "--customer")
     _name(meter, "--meter")

@@ -26,8 +26,6 @@ from ..core.steps import (
     Revoke,
     Settle,
     SetUnlimited,
-    Step,
-    StepResult,
 )
 from ..errors import AlreadyBilledError, BillingUnavailableError, GrantConflictError, InsufficientCreditsError
 from ..records import Grant, Hold, Usage, UsageEvent
@@ -93,11 +91,10 @@ class Book(Settles):
             Sweep: self._sweep,
         }
 
-    def do(self, step: Step | Sweep, now: int) -> StepResult | Recovery:
+    def do(self, step: object, now: int) -> object:
         """Do one step at the time `now`."""
         self.mark = self._connection.total_changes
-        result: StepResult | Recovery = self._ways[type(step)](step, now)
-        return result
+        return self._ways[type(step)](step, now)
 
     # Place
 
@@ -480,7 +477,6 @@ class Book(Settles):
         usage = (
             None if hold.model is None and hold.endpoint is None else Usage(model=hold.model, endpoint=hold.endpoint)
         )
-        self._use_hold(account, hold, hold.amount)
         self._write_event(
             account,
             name,
@@ -495,5 +491,6 @@ class Book(Settles):
             properties=hold.properties,
             usage=usage,
         )
+        self._use_hold(account, hold, hold.amount)
         self._end_row(account.no, hold, "charged", now, reason="unknown", sent="unknown")
         return Recovery(charged=1, charged_amount=hold.amount)

@@ -34,7 +34,7 @@ __all__ = [
 APPLICATION_ID = 0x4D654149
 """Says in the file's header that it is a ledger ("MeAI")."""
 
-MIGRATIONS = ("0001_first.sql",)
+MIGRATIONS = ("0001_first.sql", "0002_outbox.sql")
 """In order; a file's user_version is how many of them it has had."""
 
 OLDEST_SQLITE = (3, 35, 0)

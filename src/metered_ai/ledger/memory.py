@@ -56,6 +56,7 @@ class MemoryLedger(SqliteLedger):
         connection.execute("PRAGMA foreign_keys = ON")
         self._use(connection)
         files.migrate(connection, self.path, execute=self._execute)
+        self._book.serve(self._service)
 
     def _upkeep(self, is_durable: bool, steps: int) -> None:
         """Nothing to sync, nothing to checkpoint."""

@@ -79,7 +79,7 @@ class Reading(ABC):
                 with self._reading() as fetch:
                     events = fetch(_SQL["events"], (first, page_end))
                 for event in events:
-                    yield event_of(row[13], row[14], event)
+                    yield event_of(row[13], row[14], event, *event[26:28])
                 first = page_end + 1
 
     def usage_event(self, customer: str, meter: str, transaction_id: str, /) -> UsageEvent | None:
@@ -89,7 +89,7 @@ class Reading(ABC):
         check_name(transaction_id, "transaction_id", 255)
         with self._reading() as fetch:
             rows = fetch(_SQL["event"], (customer, meter, transaction_id))
-        return event_of(customer, meter, rows[0]) if rows else None
+        return event_of(customer, meter, rows[0], *rows[0][26:28]) if rows else None
 
     def usage(
         self,
@@ -245,15 +245,22 @@ class Reading(ABC):
             counters = self._funds(row)
         else:
             counters = Account.of(customer, meter, row).funds
+        limit, used = counters.limit, counters.used
+        is_estimate = bool(row[15])
+        if is_estimate and row[16] is not None:
+            # The service says what is available; of the rest it knows at most what it gave in all, and never less than that.
+            limit = max(row[16], counters.held + max(0, counters.free))
+            used = limit - counters.held - counters.free
         return Balance(
             customer=customer,
             meter=meter,
-            limit=None if row[6] else counters.limit,
-            used=counters.used,
+            limit=None if row[6] else limit,
+            used=used,
             held=counters.held,
             available=None if row[6] else max(0, counters.free),
             debt=max(0, -counters.free),
             unlimited_used=row[4],
+            is_estimate=is_estimate,
         )
 
     def _funds(self, row: Row) -> funds.Funds:

@@ -57,8 +57,10 @@ def usage_columns(usage: Usage | None) -> Row:
     return _NO_USAGE if usage is None else _columns(usage)
 
 
-def event_of(customer: str, meter: str, row: Row) -> UsageEvent:
-    """A usage event from the columns that the statements select for one, in their order."""
+def event_of(
+    customer: str, meter: str, row: Row, reference: str | None = None, details: str | None = None
+) -> UsageEvent:
+    """A usage event from the columns that the statements select for one, in their order; and what a service made of it."""
     return UsageEvent(
         customer=customer,
         meter=meter,
@@ -76,4 +78,6 @@ def event_of(customer: str, meter: str, row: Row) -> UsageEvent:
         parent=row[11],
         is_unlimited=bool(row[6]),
         is_late=bool(row[7]),
+        reference=reference,
+        delivered=unpacked(details),
     )

@@ -11,12 +11,14 @@ from ..core.steps import Settle, Settled
 from ..records import UsageEvent
 from .accounts import SQL, Account, Accounts, EndedHold, OpenHold, check_total, fit
 from .rows import event_of, moment, packed, unpacked, usage_columns
+from .statements import read_statements
 
 __all__ = ["Settles"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
 
+_OUTBOX = read_statements("outbox.sql")
 _SETTLE = SQL["settle_fast"]
 _TAKEN = SQL["open_hold_taken"]
 _USED = SQL["used"]
@@ -96,8 +98,9 @@ class Settles(Accounts):
             return Settled(found, outcome)
 
         check_total((account.unlimited_used if hold.is_unlimited else account.funds.used) + step.amount, account)
-        self._use_hold(account, hold, step.amount)
+        # The event first: who writes the outbox looks for its hold.
         event = self._write_settled(step, account, name, now, is_unlimited=bool(hold.is_unlimited), is_late=False)
+        self._use_hold(account, hold, step.amount)
         self._save(account)
         return Settled(event, "settled")
 
@@ -163,10 +166,36 @@ class Settles(Accounts):
         )
         self._execute(SQL["ended_hold_settled"], (account.no, step.hold_id, name))
         # What was counted as unlimited use has taken no credits, so there are none to give back.
-        if missing < 0 and not is_unlimited:
+        if self._net(account, charged, name, missing, now) and missing < 0 and not is_unlimited:
             self._give(account, self._free_grant_id(account, f"correction_{step.hold_id}"), -missing, None, now)
         self._save(account)
         return Settled(event, "corrected")
+
+    def _net(self, account: Account, charged: UsageEvent, name: str, missing: int, now: int) -> bool:
+        """
+        Tell a remote service the truth where it has not been told the charge: less, and at once. False where it knows the charge
+        already: then what was too much is the service's to give back, and stands in the outbox for a person to see.
+        """
+        if not self._execute(_OUTBOX["service"], ()).fetchall():
+            return True
+        if missing >= 0:
+            self._execute(_OUTBOX["known_now"], (account.no, charged.transaction_id))
+            return True
+        rows = self._execute(_OUTBOX["netted"], (account.no, charged.transaction_id, -missing)).fetchall()
+        for no, amount in rows:
+            self._execute(_OUTBOX["corrected"], (account.no, -missing))
+            if amount == 0:
+                self._execute(_OUTBOX["sent"], (no,)).fetchall()
+                self._execute(_OUTBOX["new_delivery"], (no, 0, now, None, None))
+        if rows:
+            return True
+        reason = (
+            f"the service was told {charged.amount} as {charged.transaction_id!r}, the truth is {charged.amount + missing}: "
+            f"give {-missing} back there, then replay this"
+        )
+        self._execute(_OUTBOX["owed_back"], (account.no, name, now, reason))
+        _log.error("customer %r, meter %r: %s", account.customer, account.meter, reason)
+        return False
 
     def _event_name(
         self, step: Settle, account: Account, own: str | None

@@ -16,12 +16,14 @@ from typing import Any, Literal, cast
 from ..core.steps import AddGrant, Enlarge, Place, Record, Renew, Revoke, Settle, SetUnlimited, Step, StepResult
 from ..errors import BillingUnavailableError, ConfigurationError, MeteringError
 from . import Outcomes, files
-from .book import TOMBSTONE_KEPT, Book, Sweep
+from .book import TOMBSTONE_KEPT, Sweep
 from .commits import Commits, Job, Locked
 from .forks import FORK_PATIENCE, inherited, ledgers
 from .inputs import check
-from .reading import Fetch, Reading, rows_of
+from .reading import Fetch, rows_of
 from .reports import Recovery, Verification
+from .served import Served
+from .serving import Ask, Bind, Hear, ServiceStep, Serving
 from .statements import Statement
 from .upkeep import Checkpoints, Slot, Syncs
 from .verify import verify
@@ -30,7 +32,7 @@ __all__ = ["SqliteLedger"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
-_DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, Sweep})
+_DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, Sweep, Bind})
 _HOLDS = frozenset({Place, Enlarge, Renew})
 _READERS = 3
 _CHECKPOINT_EVERY = 1_000
@@ -38,7 +40,7 @@ _UNFIT = (OverflowError, UnicodeError, sqlite3.InterfaceError, sqlite3.Programmi
 _RECHECK_AFTER = 0.02
 
 
-class SqliteLedger(Reading):
+class SqliteLedger(Served):
     """
     Keeps credits in one SQLite file, for any number of threads, event loops and processes of one machine.
 
@@ -77,6 +79,7 @@ class SqliteLedger(Reading):
         self._is_closed = False
         self._is_shut = False
         self._is_torn = False
+        self._service: str | None = None
         # Without an fsync there is little to share, and handing a step to another thread costs as much as doing it.
         self._commits = Commits(self._alone, self._work, self._locked, "metered_ai", shares=durability == "full")
         self._quiet: list[Slot] = []
@@ -162,6 +165,16 @@ class SqliteLedger(Reading):
         recovery = cast("Recovery", self._commits.run(Sweep(tuple(holds)), self._settle_patience))
         return recovery, holds[-1] if len(holds) == limit else None
 
+    def bind(self, service: str, /) -> None:
+        """Open for this service and no other, for ever. ConfigurationError, naming both, where the ledger belongs to another."""
+        super().bind(service)
+        self._service = service
+
+    def _serve(self, step: ServiceStep) -> object:
+        self._check_open()
+        patience = self._hold_patience if type(step) in (Ask, Hear) else self._settle_patience
+        return self._commits.run(step, patience)
+
     def verify(self) -> Verification:
         """Recompute every invariant from the records."""
         return verify(self._snapshot)
@@ -200,7 +213,7 @@ class SqliteLedger(Reading):
             parameters = statement.spread(parameters)
         return self._cursor.execute(statement, parameters)
 
-    def _alone(self, step: Step | Sweep) -> object:
+    def _alone(self, step: Step | ServiceStep | Sweep) -> object:
         """Do one step in a transaction of its own. Locked, with nothing done, if another process has the ledger."""
         with self._writer.lock:
             try:
@@ -239,7 +252,7 @@ class SqliteLedger(Reading):
         self._syncs.catch_up()
         return []
 
-    def _transact(self, steps: Sequence[Step | Sweep]) -> Sequence[object]:
+    def _transact(self, steps: Sequence[Step | ServiceStep | Sweep]) -> Sequence[object]:
         """Do steps in one transaction and give their results or errors; nothing, and nothing done, if one of several was cut in the middle."""
         is_durable = False
         for step in steps:
@@ -376,6 +389,7 @@ class SqliteLedger(Reading):
             was_empty = files.migrate(connection, self.path, auto_migrate=self._auto_migrate, execute=self._execute)
             if is_new or was_empty:
                 files.sync_folder(self.path)
+            self._book.serve(self._service)
         except BaseException:
             self._close_slot(self._writer)
             raise
@@ -391,7 +405,7 @@ class SqliteLedger(Reading):
         is_watched = type(self)._execute is not SqliteLedger._execute
         self._run = self._execute if is_watched else self._cursor.execute
         self._is_clean = True
-        self._book = Book(self._execute, self._run, connection)
+        self._book = Serving(self._execute, self._run, connection)
 
     def _open_patiently(self) -> None:
         """Have the file open, for a reader."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Self
 
-__all__ = ["Statement", "narrowed", "read_migration", "read_statements", "split"]
+__all__ = ["Statement", "narrowed", "read_migration", "read_script", "read_statements", "split"]
 
 
 class Statement(str):
@@ -41,6 +41,11 @@ def read_statements(file: str) -> Mapping[str, Statement]:
 def read_migration(file: str) -> list[str]:
     """The statements of a migration, one by one, so that they run inside one transaction."""
     return split(_text(f"migrations/{file}"))
+
+
+def read_script(file: str) -> list[str]:
+    """The statements of a .sql file beside this module, one by one."""
+    return split(_text(file))
 
 
 def narrowed(insert: str, absent: Sequence[int]) -> str:

@@ -49,10 +49,14 @@ def _account(fetch: Fetch, no: int) -> tuple[list[int], list[str]]:
     (sums,) = fetch(_SQL["event_sums"], (first, last))
     (holds,) = fetch(_SQL["hold_sums"], (no,))
     (doubt,) = fetch(_SQL["doubt"], (no,))
+    service = fetch(_SQL["service_sums"], (no, first, last))
     grants = [(grant[8], grant_funds(grant)) for grant in fetch(_SQL["grants"], (no,))]
     limit = sum(grant.amount - grant.expired - grant.revoked for _, grant in grants)
 
     broken = []
+    if service:
+        # Its limit follows from what the service says.
+        limit = counters.limit
     for what, stored, counted in (
         ("the limit is {}, its grants amount to {}", counters.limit, limit),
         ("used is {}, its limited events sum to {}", counters.used, sums[0]),
@@ -73,10 +77,25 @@ def _account(fetch: Fetch, no: int) -> tuple[list[int], list[str]]:
     if due is not None and (account.next_expiry is None or account.next_expiry > due):
         broken.append(f"its next expiry is noted for {account.next_expiry}, a grant expires at {due}")
     broken += _events_and_holds(fetch, no, first, last)
+    if service:
+        broken += _deliveries(fetch, service[0], sums[0] + sums[1], first, last)
 
     free = counters.limit - counters.used - counters.held
     counts = [1, sums[2], len(grants), holds[2], doubt[0], doubt[1], max(0, -free)]
     return counts, [f"customer {account.customer!r}, meter {account.meter!r}: {sentence}" for sentence in broken]
+
+
+def _deliveries(fetch: Fetch, service: Row, used: int, first: int, last: int) -> Iterator[str]:
+    """The service has been told of every event, or will be; and of none twice."""
+    acknowledged, corrected, delivered, undelivered = service
+    if acknowledged != delivered:
+        yield f"the service has acknowledged {acknowledged}, deliveries sum to {delivered}"
+    if used != delivered + undelivered + corrected:
+        yield f"its events sum to {used}, of which {delivered} are delivered, {undelivered} are not and {corrected} were taken back"
+    for (name,) in fetch(_SQL["events_untold"], (first, last)):
+        yield f"usage event {name!r} is neither delivered nor in the outbox"
+    for (name,) in fetch(_SQL["events_told_and_untold"], (first, last)):
+        yield f"usage event {name!r} is delivered and in the outbox"
 
 
 def _counters(account: Account, last_event_at: int) -> Iterator[str]:

@@ -57,3 +57,19 @@ FROM ended_hold AS e
 LEFT JOIN usage_event AS u ON u.hold_id = e.hold_id AND u.account_no = e.account_no AND u.hold_id IS NOT NULL AND u.kind <> 'correction'
 WHERE e.account_no = ?1
 GROUP BY e.hold_id HAVING events <> (e.state IN ('charged', 'settled'))
+
+-- name: service_sums
+SELECT
+    s.acknowledged, s.corrected,
+    (SELECT coalesce(sum(d.amount), 0) FROM delivery AS d WHERE d.event_no BETWEEN ?2 AND ?3),
+    (SELECT coalesce(sum(o.amount), 0) FROM outbox AS o WHERE o.event_no BETWEEN ?2 AND ?3)
+FROM service_account AS s WHERE s.account_no = ?1
+
+-- name: events_untold
+SELECT u.transaction_id FROM usage_event AS u
+WHERE u.no BETWEEN ?1 AND ?2 AND u.amount > 0
+    AND NOT EXISTS (SELECT 1 FROM outbox AS o WHERE o.event_no = u.no) AND NOT EXISTS (SELECT 1 FROM delivery AS d WHERE d.event_no = u.no)
+
+-- name: events_told_and_untold
+SELECT u.transaction_id FROM outbox AS o JOIN delivery AS d ON d.event_no = o.event_no JOIN usage_event AS u ON u.no = o.event_no
+WHERE o.event_no BETWEEN ?1 AND ?2

@@ -1,8 +1,9 @@
 """
 For tests, ours and yours. Nothing here is imported by the library itself.
 
-`LedgerContract` and `SharedLedgerContract` are what a ledger promises, as pytest classes to subclass; `Clock` is the clock they move.
-`FakeFlowglad` is a Flowglad on loopback.
+`LedgerContract` and `SharedLedgerContract` are what a ledger promises, as pytest classes to subclass, `ServiceLedgerContract`
+what it promises where a remote billing service owns the balances; `Clock` is the clock they move. `FakeFlowglad` is a Flowglad on
+loopback.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .contract import Clock, LedgerContract, SharedLedgerContract
+    from .contract import Clock, LedgerContract, ServiceLedgerContract, SharedLedgerContract
     from .flowglad import FakeFlowglad
 
-__all__ = ["Clock", "FakeFlowglad", "LedgerContract", "SharedLedgerContract"]
+__all__ = ["Clock", "FakeFlowglad", "LedgerContract", "ServiceLedgerContract", "SharedLedgerContract"]
 
 
 def __getattr__(name: str) -> Any:

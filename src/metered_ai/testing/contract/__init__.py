@@ -32,9 +32,10 @@ from .holds import Enlarging, Placing, Releasing
 from .inputs import Inputs, Unknown
 from .leases import Leases
 from .operations import Operations
+from .serving import ServiceLedgerContract
 from .settles import Late, SameAnswer, Settling
 
-__all__ = ["Clock", "LedgerContract", "SharedLedgerContract"]
+__all__ = ["Clock", "LedgerContract", "ServiceLedgerContract", "SharedLedgerContract"]
 
 
 class LedgerContract(
