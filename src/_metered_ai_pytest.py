@@ -1,5 +1,5 @@
 """
-The pytest plugin that comes with metered_ai: the `metered` fixture, with which an application proves its own billing.
+The pytest plugin that comes with metered_ai: the `metered` fixture, with which an application proves its own billing, and `flowglad`.
 
 ```python
 def test_a_summary_costs_one_credit(metered):
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from metered_ai.testing.flowglad import FakeFlowglad
     from metered_ai.testing.plugin import Metered
 
-__all__ = ["metered"]
+__all__ = ["flowglad", "metered"]
 
 
 @pytest.fixture
@@ -40,3 +41,21 @@ def metered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metered]:
         monkeypatch.setenv("OPENAI_BASE_URL", metered.provider.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", "test")
         yield metered
+
+
+@pytest.fixture
+def flowglad(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFlowglad]:
+    """
+    A Flowglad on loopback that answers as the real one was seen to: a `metered_ai.testing.FakeFlowglad`, with the meter "generations".
+
+    FLOWGLAD_SECRET_KEY, FLOWGLAD_BASE_URL and FLOWGLAD_WEBHOOK_SECRET are those of this Flowglad, so whatever the application builds
+    reaches it.
+    """
+    from metered_ai.testing.flowglad import FakeFlowglad
+
+    with FakeFlowglad() as flowglad:
+        flowglad.add_meter("generations")
+        monkeypatch.setenv("FLOWGLAD_SECRET_KEY", flowglad.key)
+        monkeypatch.setenv("FLOWGLAD_BASE_URL", flowglad.url)
+        monkeypatch.setenv("FLOWGLAD_WEBHOOK_SECRET", flowglad.webhook_secret)
+        yield flowglad

@@ -133,9 +133,18 @@ def test_import_is_light():
     }
     assert set() == {name.split(".")[0] for name in new} & heavy
     assert [] == [
-        name for name in new if name.startswith(("metered_ai.ledger", "metered_ai.testing", "metered_ai.taps"))
+        name
+        for name in new
+        if name.startswith(("metered_ai.ledger", "metered_ai.services", "metered_ai.testing", "metered_ai.taps"))
     ]
     assert [] == [name for name in new if name.split(".")[0] not in {*sys.stdlib_module_names, "metered_ai"}]
+
+
+def test_fake_is_light():
+    """The fake Flowglad needs neither pytest nor the contract of ledgers."""
+    new = _python("import sys; from metered_ai.testing import FakeFlowglad; print(*sorted(sys.modules))")
+
+    assert set() == {"pytest", "metered_ai.testing.contract", "metered_ai.services"} & set(new)
 
 
 def test_import_does_nothing():

@@ -160,6 +160,11 @@ class FeatureRequiredError(MeteringError):
 
     http_status: ClassVar[int] = 403
 
+    def __init__(self, *, customer: str, feature: str) -> None:
+        self.customer = customer
+        self.feature = feature
+        super().__init__(f"customer {customer!r} has no plan with the feature {feature!r}")
+
 
 class BillingUnavailableError(MeteringError):
     """The ledger could not place the hold (locked, full, read-only, unreachable). Nothing was sent."""

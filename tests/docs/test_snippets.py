@@ -18,6 +18,7 @@ from metered_ai.cli import main
 from metered_ai.core import pricing
 from metered_ai.core.endpoints import DOORS
 from metered_ai.settings import Settings
+from metered_ai.testing import FakeFlowglad
 
 pytest_plugins = ["pytester"]
 
@@ -72,13 +73,26 @@ def match_up(line, said):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, provider):
-    """A folder of its own, where the SDK finds the fake provider, and a ledger on which ada has 100 credits."""
+def here(tmp_path, monkeypatch, provider, flowglad):
+    """A folder of its own, where the SDK finds the fake provider, and a ledger and a fake Flowglad on which ada has 100 credits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "test")
     monkeypatch.setenv("OPENAI_BASE_URL", provider.base_url)
     monkeypatch.setenv("METERED_AI_BILLING", f"sqlite:///{tmp_path / 'metered_ai.db'}")
+    monkeypatch.setenv("FLOWGLAD_SECRET_KEY", flowglad.key)
+    monkeypatch.setenv("FLOWGLAD_BASE_URL", flowglad.url)
+    flowglad.add_plan("free", credits={"generations": 100}, is_default=True)
+    flowglad.add_plan("pro", unit_price=900)
+    flowglad.add_customer("ada")
     return tmp_path
+
+
+@pytest.fixture
+def flowglad():
+    """A Flowglad with the meter generations."""
+    with FakeFlowglad() as flowglad:
+        flowglad.add_meter("generations")
+        yield flowglad
 
 
 def test_found():
@@ -122,7 +136,7 @@ def test_tests(snippet, pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(metered_ai.__file__).parents[1]))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     # So that it is found whether or not the library is installed with its entry point.
-    pytester.makeconftest(f"from {PROJECT['entry-points']['pytest11']['metered_ai']} import metered")
+    pytester.makeconftest(f"from {PROJECT['entry-points']['pytest11']['metered_ai']} import flowglad, metered")
     pytester.makepyfile(snippet.text)
 
     result = pytester.runpytest_subprocess("-W", "error", "-p", "no:cacheprovider")

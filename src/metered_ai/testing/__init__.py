@@ -2,7 +2,8 @@
 For tests, ours and yours. Nothing here is imported by the library itself.
 
 `LedgerContract` and `SharedLedgerContract` are what a ledger promises, as pytest classes to subclass, `ServiceLedgerContract`
-what it promises where a remote billing service owns the balances; `Clock` is the clock they move.
+what it promises where a remote billing service owns the balances; `Clock` is the clock they move. `FakeFlowglad` is a Flowglad on
+loopback.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .contract import Clock, LedgerContract, ServiceLedgerContract, SharedLedgerContract
+    from .flowglad import FakeFlowglad
 
-__all__ = ["Clock", "LedgerContract", "ServiceLedgerContract", "SharedLedgerContract"]
+__all__ = ["Clock", "FakeFlowglad", "LedgerContract", "ServiceLedgerContract", "SharedLedgerContract"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the contract when it is asked for: it needs pytest, and the rest of this package does not."""
+    """Import what is asked for: the contract needs pytest, and the rest of this package does not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    if name == "FakeFlowglad":
+        from .flowglad import FakeFlowglad
+
+        return FakeFlowglad
 
     import sys
 
