@@ -668,7 +668,7 @@ def test_no_extra(package, monkeypatch, capsys):
 def test_help(cli):
     """Without arguments it explains itself; every command has a help with its JSON keys."""
     code, out, err = cli()
-    names = "demo grant balance events holds recover verify".split()
+    names = "demo grant balance events holds recover verify deliver outbox".split()
 
     assert (0, "") == (code, err)
     assert [] == [name for name in names if name not in out]

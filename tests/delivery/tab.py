@@ -96,6 +96,7 @@ class Tab:
             self.requests += 1
             self.in_flight[key] += 1
             self.most_in_flight[key] = max(self.most_in_flight[key], self.in_flight[key])
+            self._changed.notify_all()
         try:
             self.writing(event)
             yield

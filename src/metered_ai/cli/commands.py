@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..billing import Billing, billing_url, connect
+from ..billing import Billing, billing_url, connect, ledger_url
 from ..core.checks import check_amount, check_name
 from ..errors import BillingUnavailableError, ConfigurationError
 from ..records import Balance, Hold
@@ -90,13 +90,15 @@ class HoldState(StrEnum):
 
 
 @contextmanager
-def _opened(url: str | None, *, creates: bool = False) -> Generator[Billing]:
+def opened(url: str | None, *, creates: bool = False, is_read: bool = False) -> Generator[Billing]:
+    """The billing that a command works on; with `is_read` the ledger alone, without the service beside it."""
     url = billing_url(url)
-    if url == "memory://":
+    url, kept_in = (ledger_url(url), ledger_url(url)) if is_read else (url, ledger_url(url))
+    if kept_in == "memory://":
         raise ConfigurationError(
             "memory:// lives inside one program; the command line needs a file: --ledger sqlite:///credits.db"
         )
-    path = url.removeprefix("sqlite:///")
+    path = kept_in.removeprefix("sqlite:///")
     if not creates and not _has_content(path):
         raise BillingUnavailableError(
             f"there is no ledger at {path!r}; --ledger or METERED_AI_BILLING names another, `metered-ai grant` makes one"
@@ -172,7 +174,7 @@ def grant(
     check_name(meter, "METER")
     check_name(grant_id, "--id", 255)
     credits, until = _amount(amount), _date(expires, "--expires")
-    with _opened(ledger, creates=True) as billing:
+    with opened(ledger, creates=True) as billing:
         is_repeat = any(given.id == grant_id for given in billing.grants(customer, meter))
         given = billing.grant(customer, meter, credits, id=grant_id, expires_at=until)
         balance = billing.balance(customer, meter)
@@ -205,7 +207,7 @@ def balance(
     """
     check_name(customer, "CUSTOMER")
     _name(meter, "METER")
-    with _opened(ledger) as billing:
+    with opened(ledger) as billing:
         known = billing.balances(customer)
         wanted = [found for found in known if meter in (None, found.meter)]
         found = wanted if wanted or meter is None else [billing.balance(customer, meter)]
@@ -254,7 +256,7 @@ def events(
     _name(customer, "--customer")
     _name(meter, "--meter")
     first, end = _date(since, "--since"), _date(until, "--until")
-    with _opened(ledger) as billing:
+    with opened(ledger) as billing:
         found = billing.usage_events(customer, meter, since=first, until=end)
         if json and not limit:
             show.print_json_list(found)
@@ -297,7 +299,7 @@ def holds(
     _name(customer, "--customer")
     _name(meter, "--meter")
     first, end = _date(since, "--since"), _date(until, "--until")
-    with _opened(ledger) as billing:
+    with opened(ledger) as billing:
         every = billing.holds(customer, meter, state=None if state is None else state.value)
         found = (
             hold
@@ -336,7 +338,7 @@ def recover(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: released, charged, in_doubt (calls), charged_amount, replayed, parked, still_open.
     """
-    with _opened(ledger) as billing:
+    with opened(ledger) as billing:
         found = billing.recover()
         still_open = sum(1 for _ in billing.holds(state="open"))
 
@@ -356,7 +358,7 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: is_sound, accounts, events, grants, open_holds, in_doubt (calls), in_doubt_amount, debt, broken (sentences).
     """
-    with _opened(ledger) as billing:
+    with opened(ledger) as billing:
         found = billing.verify()
 
     if json:

@@ -168,7 +168,7 @@ class ServiceLedger(Ledger, Protocol):
 
     def mark(self, claimed: Claimed, marks: Sequence[Mark], /, *, give_up_after: float = 86400.0) -> tuple[str, ...]:
         """
-        Note what became of a claim's events and end the claim. Twice changes nothing.
+        Note what became of a claim's events and end the claim; one without a mark was not sent. Twice changes nothing.
 
         What each mark came to: its outcome, or `dead` where an `again` has failed for `give_up_after` seconds while the service answered
         to others. Who marks after the lease is out still tells the truth of what was delivered.

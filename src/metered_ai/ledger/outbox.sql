@@ -86,6 +86,10 @@ ORDER BY o.event_no LIMIT ?3
 -- name: tried
 UPDATE outbox SET attempts = attempts + 1, first_tried_at = coalesce(first_tried_at, ?2) WHERE event_no = ?1
 
+-- name: untried
+UPDATE outbox SET attempts = attempts - 1, first_tried_at = CASE WHEN attempts > 1 THEN first_tried_at END
+WHERE event_no = ?1 AND attempts > 0
+
 -- name: unclaimed
 UPDATE service_account SET claimed_by = NULL, claimed_until = 0 WHERE account_no = ?1 AND claimed_by = ?2
 

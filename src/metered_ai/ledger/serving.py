@@ -218,7 +218,11 @@ class Serving(Book):
         if pauses:
             # After what went well: however many failed together, it is one failure.
             self._execute(SQL["failed"], (account_no, now + int(max(pauses) * _SECOND)))
-        self._execute(SQL["unclaimed"], (account_no, step.claimed.claim))
+        if self._execute(SQL["unclaimed"], (account_no, step.claimed.claim)).rowcount:
+            marked = {mark.no for mark in step.marks}
+            for outgoing in step.claimed.events:
+                if outgoing.no not in marked:
+                    self._execute(SQL["untried"], (outgoing.no,))
         return came_to
 
     def _mark_one(self, account_no: int, mark: Mark, give_up_after: float, now: int) -> str:

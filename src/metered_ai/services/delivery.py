@@ -72,20 +72,20 @@ class _Circuit:
     def is_open(self) -> bool:
         return self.alarm is not None or self._failures >= _OPENS_AFTER
 
-    def admit(self) -> float:
-        """0 to go on; else the seconds to wait. Who is let through an open circuit probes, and must say how that went, or `unused`."""
+    def admit(self) -> tuple[float, bool]:
+        """The seconds to wait, 0 to go on; and whether this is a probe of an open circuit, which must say when it is over."""
         with self._lock:
             if not self.is_open:
-                return 0.0
+                return 0.0, False
             wait = self._opens_at - time.monotonic()
             if wait > 0:
-                return wait
+                return wait, False
             if self._is_probing:
-                return _LONGEST_PAUSE
+                return _LONGEST_PAUSE, False
             self._is_probing = True
-            return 0.0
+            return 0.0, True
 
-    def unused(self) -> None:
+    def probed(self) -> None:
         with self._lock:
             self._is_probing = False
 
@@ -93,7 +93,7 @@ class _Circuit:
         """The service answered. True if it had not before."""
         with self._lock:
             was_open = self.is_open
-            self._failures, self._is_probing, self.alarm = 0, False, None
+            self._failures, self.alarm = 0, None
             return was_open
 
     def failed(self, pause: float) -> bool:
@@ -101,7 +101,6 @@ class _Circuit:
         with self._lock:
             was_open = self.is_open
             self._failures += 1
-            self._is_probing = False
             if self.is_open:
                 beyond = max(1, self._failures - _OPENS_AFTER + 1)
                 self._opens_at = time.monotonic() + max(pause, _pause(beyond))
@@ -111,7 +110,7 @@ class _Circuit:
         """True if this is news."""
         with self._lock:
             is_news = self.alarm is None
-            self.alarm, self._is_probing = reason, False
+            self.alarm = reason
             self._opens_at = time.monotonic() + _STOPPED_FOR
             return is_news
 
@@ -292,30 +291,32 @@ class Sender:
         Send what is due of one account. The seconds until the next turn (0: there may be more; None: nothing waits), and how many events
         were acknowledged.
         """
-        pause = self._circuit.admit()
+        pause, is_probe = self._circuit.admit()
         if pause > 0:
             return pause, 0
-        found: Claimed | float | None = None
         try:
-            limit = _TOGETHER if self._is_bulk and not self._circuit.is_open else 1
-            found = self._ledger.claim(os.urandom(12).hex(), self._lease, limit=limit, behind=self._behind)
+            return self._claim_and_send(is_probe)
         finally:
-            if not isinstance(found, Claimed):
-                self._circuit.unused()
+            if is_probe:
+                self._circuit.probed()
+
+    def _claim_and_send(self, is_probe: bool) -> tuple[float | None, int]:
+        limit = _TOGETHER if self._is_bulk and not is_probe else 1
+        found = self._ledger.claim(os.urandom(12).hex(), self._lease, limit=limit, behind=self._behind)
         if not isinstance(found, Claimed):
             return found, 0
-
         self._behind = found.account_no
-        if self._closes_at is None and not self._circuit.is_open:
+        if not is_probe and self._circuit.is_open:
+            # It opened a moment ago; another thread has the news.
+            self._ledger.mark(found, ())
+            return 0.0, 0
+        if self._closes_at is None and not is_probe:
             self._more_hands()
         try:
             return 0.0, self._send(found)
-        except BaseException:
-            self._circuit.unused()
-            raise
         finally:
             with self._changed:
-                # A probe that is over, an account that is free: whoever waits looks again.
+                # An account is free, or a probe is over: whoever waits looks again.
                 self._signals += 1
                 self._changed.notify_all()
 
@@ -324,7 +325,6 @@ class Sender:
         deliveries = self._write(claimed)
         if deliveries is None:
             # The balance was heard for the first time, and with it the reference that belongs to these events.
-            self._circuit.unused()
             self._ledger.mark(claimed, ())
             return 0
 

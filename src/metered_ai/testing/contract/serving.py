@@ -504,6 +504,18 @@ class ServiceLedgerContract(Contract):
         mark(ledger, claimed)
         assert [("gen_h2", 1), ("gen_h3", 1)] == told(claim(ledger, limit=9).events)
 
+    def test_claim_unused(self, ledger: ServiceLedger) -> None:
+        """A claim that comes back without marks was never tried."""
+        hear(ledger, 10)
+        use(ledger, "h1", 1)
+        use(ledger, "h2", 1)
+        claimed = claim(ledger, limit=2)
+        ledger.mark(claimed, [])
+        ledger.mark(claimed, [])
+        assert [("gen_h1", 1, "waiting", 0), ("gen_h2", 1, "waiting", 0)] == waiting(ledger)
+
+        assert [("gen_h1", 1), ("gen_h2", 1)] == told(claim(ledger, limit=2).events)
+
     # What becomes of what was sent
 
     def test_again(self, ledger: ServiceLedger, clock: Clock) -> None:
