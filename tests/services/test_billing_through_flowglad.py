@@ -261,11 +261,11 @@ def test_kill(tmp_path):
     """
     customers = {"ada": 100_000, "bob": 100_000}
     ledger = tmp_path / "credits.db"
-    with FlowgladProcess(customers, faults=0.15, seed=5, pause=0.001) as server:
+    with FlowgladProcess(customers, faults=0.1, seed=5, pause=0.001) as server:
         environment = {**os.environ, "FLOWGLAD_SECRET_KEY": server.key, "FLOWGLAD_BASE_URL": server.base_url}
         environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
         chance = random.Random(5)
-        for life in range(4):
+        for life in range(2):
             workers = [
                 subprocess.Popen(
                     [sys.executable, WORK, ledger, customer, f"{customer}{life}"],
@@ -292,7 +292,7 @@ def test_kill(tmp_path):
         theirs = all_recorded(server)
 
     assert (0, 0) == (left.parked, left.dead)
-    assert len(mine) > 20
+    assert len(mine) >= 4 * len(customers) * 2
     assert {(transaction_id, amount) for _, transaction_id, amount in mine} == {
         (each["transactionId"], each["amount"]) for each in theirs
     }

@@ -424,6 +424,14 @@ def test_reasons_keep_secrets(fake, event):
             assert len(reason) <= 500
 
 
+def test_odd_key_is_scrubbed():
+    """Nor is a key shown that looks like none."""
+    key = 'sk_test_a"b'
+    answer = Answer(500, {"content-type": "application/json"}, json.dumps({"error": f"{key} is bad"}).encode())
+
+    assert "HTTP 500: *** is bad" == reason_of(answer, key)
+
+
 @given(st.integers(200, 599), st.binary(max_size=300), st.sampled_from(["application/json", "text/html", ""]))
 def test_any_answer(status, body, kind):
     """Whatever comes is one of the outcomes, and only a usage event is ever taken for recorded."""
