@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-__all__ = ["Commits", "Job", "Locked"]
+__all__ = ["Commits", "Handed", "Job", "Locked", "OneOfSeveral", "Several"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
@@ -64,7 +64,7 @@ class Job:
         return time.monotonic() - self.since >= self.patience
 
 
-class _Handed(Job):
+class Handed(Job):
     """A step that somebody handed over and went on."""
 
     __slots__ = ("future",)
@@ -83,7 +83,7 @@ class _Handed(Job):
             self.future.set_result(self.result)
 
 
-class _Several:
+class Several:
     """Steps that were handed over together, with one future for all."""
 
     __slots__ = ("future", "others", "outcomes")
@@ -101,10 +101,10 @@ class _Several:
             self.future.set_result(self.outcomes)
 
 
-class _OneOfSeveral(Job):
+class OneOfSeveral(Job):
     __slots__ = ("group", "index")
 
-    def __init__(self, step: Any, patience: float, group: _Several, index: int) -> None:
+    def __init__(self, step: Any, patience: float, group: Several, index: int) -> None:
         super().__init__(step, patience)
         self.group = group
         self.index = index
@@ -174,7 +174,11 @@ class Commits:
         job = Job(step, patience)
         job.lock = _thread.allocate_lock()
         job.lock.acquire()
-        self._hand_over(job)
+        self.hand_over(job)
+        return self.wait(job)
+
+    def wait(self, job: Job) -> Any:
+        """Wait for a job with a lock that was handed over; its result, or raise its error."""
         if self._thread is not None and self._thread.ident == _thread.get_ident():
             # A callback of a future, run by the writer itself: nobody else would do the step.
             self._serve(job)
@@ -185,19 +189,19 @@ class Commits:
         return job.result
 
     def submit(self, step: Any, patience: float) -> Future[Any]:
-        job = _Handed(step, patience)
-        self._hand_over(job)
+        job = Handed(step, patience)
+        self.hand_over(job)
         return job.future
 
     def submit_all(self, steps: Sequence[tuple[Any, float, Exception | None]]) -> Future[list[Any]]:
         """Hand over steps with their patience; one that comes with an error has failed already."""
-        group = _Several(len(steps))
+        group = Several(len(steps))
         if not steps:
             group.future.set_result([])
         now = time.monotonic()
         for index, (step, patience, error) in enumerate(steps):
             if error is None:
-                job = _OneOfSeveral(step, patience, group, index)
+                job = OneOfSeveral(step, patience, group, index)
                 job.since = now
                 self._queue.append(job)
             else:
@@ -205,13 +209,18 @@ class Commits:
         self._wake()
         return group.future
 
+    @property
+    def is_mine(self) -> bool:
+        """True in the writer thread itself, where a callback runs."""
+        return self._thread is not None and self._thread.ident == _thread.get_ident()
+
     def drain(self) -> None:
         """Wait until everything handed over so far has been done."""
         while self._queue or self._turn:
             barrier = Job(None, float("inf"))
             barrier.lock = _thread.allocate_lock()
             barrier.lock.acquire()
-            self._hand_over(barrier)
+            self.hand_over(barrier)
             barrier.lock.acquire()
 
     def stop(self) -> None:
@@ -225,7 +234,8 @@ class Commits:
         # From a caller that found the ledger locked and woke the thread at its end.
         self._do_all()
 
-    def _hand_over(self, job: Job) -> None:
+    def hand_over(self, job: Job) -> None:
+        """Leave a job to the writer thread."""
         job.since = time.monotonic()
         self._queue.append(job)
         self._wake()
