@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -58,15 +59,31 @@ def billing_url(url: str | None = None) -> str:
                 f"a SQLite ledger is sqlite:///file.db or sqlite:////folder/file.db, not {given!r}"
             )
         return f"sqlite:///{Path(unquote(rest[1:])).resolve()}"
-    if separator and scheme in ("postgresql", "postgres", "flowglad"):
-        raise ConfigurationError(f"this release has no {scheme} billing; it has sqlite:///file.db and memory://")
+    if separator and scheme in ("postgresql", "postgres"):
+        return f"postgresql://{rest}"
+    if separator and scheme == "flowglad":
+        raise ConfigurationError(
+            f"this release has no {scheme} billing; it has sqlite:///file.db, postgresql://host/database and memory://"
+        )
     shown = f"{scheme}://…" if separator else given
-    raise ConfigurationError(f"cannot bill through {shown!r}; known are sqlite:///file.db and memory://")
+    raise ConfigurationError(
+        f"cannot bill through {shown!r}; known are sqlite:///file.db, postgresql://host/database and memory://"
+    )
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: where the ledger is, and nothing that could be a password."""
+    if not url.startswith("postgresql:"):
+        return url
+    # One with a stray character in its password could be cut in the middle of that; so all of it or nothing.
+    parts = re.fullmatch(r"postgresql://(?:[^@/?#]*@)?([^@/?#]*(?:/[^@/?#:=]*)?)(?:\?[^@]*)?", url)
+    return f"postgresql://{parts[1]}" if parts else "postgresql://…"
 
 
 def connect(url: str | None = None, /, **policies: Unpack[PolicyOptions]) -> Billing:
     """
-    Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`.
+    Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`,
+    `postgresql://user@host/database` (extra `postgres`; what psql takes, and `schema`, `connections` and `pgbouncer` as parameters).
 
     Without a URL METERED_AI_BILLING is read, else it is `sqlite:///metered_ai.db`. Opens nothing yet. You close it.
     The keywords are the policies of `Billing`. Raises ConfigurationError naming the value that cannot be, TypeError for a misspelled one.
@@ -117,7 +134,11 @@ class Billing:
             opened[1].after_fork()
 
     def __repr__(self) -> str:
-        return f"<Billing {self._url or self._given!r}>"
+        return f"<Billing {self._where or repr(self._given)}>"
+
+    @property
+    def _where(self) -> str | None:
+        return None if self._url is None else _shown(self._url)
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +178,7 @@ class Billing:
 
     def _closed_error(self) -> BillingUnavailableError:
         return BillingUnavailableError(
-            f"the billing on {self._url or 'the given ledger'} is closed; connect() makes a new one"
+            f"the billing on {self._where or 'the given ledger'} is closed; connect() makes a new one"
         )
 
     def _make(self) -> tuple[Ledger, Settler]:
@@ -169,7 +190,7 @@ class Billing:
         ledger, place = self._make_ledger()
         if keeps.spool is not None:
             place = place_in(Path(keeps.spool), place)
-        elif self._url is None or self._url == "memory://":
+        elif self._url is None or not self._url.startswith("sqlite:"):
             # No file of its own that the spool could stand beside.
             place = place_in(state or Path.cwd(), place)
         return ledger, Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
@@ -178,15 +199,28 @@ class Billing:
         """The ledger, and a path that stands for it and for no other."""
         keeps = self.settings
         if self._given is not None:
-            return self._given, Path(f"/ledger-{sha256(self._given.name.encode()).hexdigest()[:16]}")
+            return self._given, _place_of(self._given)
         if self._url == "memory://":
             from .ledger.memory import MemoryLedger
 
             return MemoryLedger(), Path(f"/memory-{os.urandom(8).hex()}")
 
+        assert self._url is not None
+        if self._url.startswith("postgresql:"):
+            from .ledger.postgres import PostgresLedger
+
+            fleet = PostgresLedger(
+                self._url,
+                durability=keeps.durability,
+                hold_patience=keeps.hold_patience,
+                settle_patience=keeps.settle_patience,
+                auto_migrate=keeps.auto_migrate,
+            )
+            _log.info("credits are kept in %s", fleet.name)
+            return fleet, _place_of(fleet)
+
         from .ledger.sqlite import SqliteLedger
 
-        assert self._url is not None
         path = Path(self._url.removeprefix("sqlite:///"))
         _log.info("credits are kept in %s", path)
         ledger = SqliteLedger(
@@ -617,6 +651,10 @@ class _Patience:
             return None
         self._pause = min(self._pause * 2, 0.25)
         return min(self._pause, left)
+
+
+def _place_of(ledger: Ledger) -> Path:
+    return Path(f"/ledger-{sha256(ledger.name.encode()).hexdigest()[:16]}")
 
 
 def _undo(step: Place) -> End:

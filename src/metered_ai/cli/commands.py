@@ -97,12 +97,24 @@ def _opened(url: str | None, *, creates: bool = False) -> Generator[Billing]:
             "memory:// lives inside one program; the command line needs a file: --ledger sqlite:///credits.db"
         )
     path = url.removeprefix("sqlite:///")
-    if not creates and not _has_content(path):
-        raise BillingUnavailableError(
-            f"there is no ledger at {path!r}; --ledger or METERED_AI_BILLING names another, `metered-ai grant` makes one"
-        )
+    if not creates and path != url and not _has_content(path):
+        raise _nothing_at(repr(path))
     with connect(url, hold_patience=PATIENCE, settle_patience=PATIENCE) as billing:
+        if not creates and path == url and not _has_schema(billing):
+            raise _nothing_at(billing.ledger.name)
         yield billing
+
+
+def _nothing_at(place: str) -> BillingUnavailableError:
+    return BillingUnavailableError(
+        f"there is no ledger at {place}; --ledger or METERED_AI_BILLING names another, `metered-ai grant` makes one"
+    )
+
+
+def _has_schema(billing: Billing) -> bool:
+    from ..ledger.postgres import PostgresLedger
+
+    return not isinstance(billing.ledger, PostgresLedger) or billing.ledger.is_made()
 
 
 def _has_content(path: str) -> bool:

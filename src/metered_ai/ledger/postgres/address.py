@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import quote, unquote
 
 from ...errors import ConfigurationError
 
@@ -27,10 +27,8 @@ class Address:
     pgbouncer: bool = False
 
     @classmethod
-    def of(cls, url: str | None) -> Address:
+    def of(cls, url: str) -> Address:
         """Read a URL (or libpq's key=value words). Our own parameters are taken out of it; libpq knows the others."""
-        if url is None:
-            return cls({}, "postgresql://…")
         plain, ours = _split(url)
         conninfo = _read(plain)
         connections = ours.get("connections", "6")
@@ -52,13 +50,17 @@ def _split(url: str) -> tuple[str, dict[str, str]]:
     """A URL without our own parameters, and those."""
     if "://" not in url:
         return url, {}
-    head, question, query = url.partition("?")
-    if not question:
-        return url, {}
-    pairs = parse_qsl(query, keep_blank_values=True)
-    ours = {name: value for name, value in pairs if name in _OURS}
-    theirs = urlencode([(name, value) for name, value in pairs if name not in _OURS])
-    return f"{head}?{theirs}" if theirs else head, ours
+    head, _, query = url.partition("?")
+    ours: dict[str, str] = {}
+    theirs: list[str] = []
+    # libpq's own rules, in which a plus is a plus.
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        if name in _OURS:
+            ours[name] = unquote(value)
+        else:
+            theirs.append(pair)
+    return "?".join(filter(None, (head, "&".join(theirs)))), ours
 
 
 def _read(url: str) -> Mapping[str, Any]:
@@ -76,11 +78,14 @@ def _read(url: str) -> Mapping[str, Any]:
 
 
 def _shown(conninfo: Mapping[str, Any]) -> str:
-    if conninfo.get("service"):
-        return f"postgresql://?service={conninfo['service']}"
+    service = conninfo.get("service") or os.environ.get("PGSERVICE")
+    if service and not conninfo.get("dbname"):
+        return f"postgresql://?service={service}"
     host = conninfo.get("host") or conninfo.get("hostaddr") or os.environ.get("PGHOST") or ""
-    where = f"postgresql://{host}" if not str(host).startswith("/") else "postgresql://"
-    if conninfo.get("port"):
-        where += f":{conninfo['port']}"
-    name = conninfo.get("dbname") or os.environ.get("PGDATABASE") or ""
-    return f"{where}/{name}"
+    port = conninfo.get("port") or os.environ.get("PGPORT") or ""
+    name = (
+        conninfo.get("dbname") or os.environ.get("PGDATABASE") or conninfo.get("user") or os.environ.get("PGUSER") or ""
+    )
+    # A folder of sockets is part of the address, as libpq writes it.
+    where = quote(str(host), safe=",[]:.-_")
+    return f"postgresql://{where}{f':{port}' if port else ''}/{quote(str(name), safe='')}"

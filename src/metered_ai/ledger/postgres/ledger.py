@@ -41,7 +41,7 @@ from .address import Address
 from .dialect import check_schema, statements
 from .driver import cursor_of, load
 from .order import Order, Ticket
-from .schema import migrate
+from .schema import is_made, migrate
 from .sessions import Lender, Made, Sessions, connector, lender_of
 from .transaction import PostgresBook, Statements, locking
 
@@ -67,9 +67,10 @@ class PostgresLedger(Reading):
     `synchronous_commit` says), "relaxed" may lose the last moments when the server's machine loses power. Before a call a lock, a lost
     connection or a restart of the server is waited for up to `hold_patience` seconds, after it up to `settle_patience`.
 
-    `connections` is the most that one process opens; one of them is for settles alone. `pool`, a psycopg_pool.ConnectionPool or
-    a function that opens a connection, is used instead of `url`. `pgbouncer` says that sessions are shared: nothing is prepared on
-    the server, and settings last for one transaction. `clock` gives microseconds since 1970 to tests; else the server's clock counts.
+    `connections` is the most that one process opens; one of them is for settles alone. `pool`, a psycopg_pool.ConnectionPool, lends
+    connections instead and is not closed; or it is a function that opens one, for a database that `url` names. `pgbouncer` says that
+    sessions are shared: nothing is prepared on the server, and settings last for one transaction. `clock` gives microseconds since
+    1970 to tests; else the server's clock counts.
     """
 
     def __init__(
@@ -87,8 +88,13 @@ class PostgresLedger(Reading):
         clock: Callable[[], int] | None = None,
     ) -> None:
         load()
-        if (url is None) is (pool is None):
-            raise ConfigurationError("a PostgreSQL ledger needs either a URL or a pool")
+        if url is None:
+            # A pool knows where its connections lead; of a function only the caller does.
+            url = getattr(pool, "conninfo", None)
+        if not isinstance(url, str):
+            raise ConfigurationError(
+                "a PostgreSQL ledger needs the URL of its database, also beside a function that connects: messages and the spool go by it"
+            )
         if durability not in ("full", "relaxed"):
             raise ConfigurationError(f"durability must be 'full' or 'relaxed', not {durability!r}")
         for name, patience in (("hold_patience", hold_patience), ("settle_patience", settle_patience)):
@@ -140,7 +146,7 @@ class PostgresLedger(Reading):
     @property
     def name(self) -> str:
         """The ledger's address for messages, without secrets."""
-        place = self._address.shown if self._pool is None else "postgresql://(the given pool)"
+        place = self._address.shown
         return place if self.schema == "metered_ai" else f"{place} schema {self.schema}"
 
     def __repr__(self) -> str:
@@ -255,6 +261,12 @@ class PostgresLedger(Reading):
                 cursor.execute("SET LOCAL synchronous_commit = on")
                 cursor.execute("SELECT pg_current_xact_id()")
                 cursor.execute("COMMIT")
+
+    def is_made(self) -> bool:
+        """True if the schema is there. Looking makes nothing."""
+        self._check_open()
+        with self._translated(), self._sessions.use(self._hold_patience) as connection:
+            return is_made(connection, self.schema, self.name)
 
     def close(self) -> None:
         """Finish what was handed over and close what was opened here. Open holds stay; closing twice changes nothing."""

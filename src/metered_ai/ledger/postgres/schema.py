@@ -12,7 +12,7 @@ from .driver import cursor_of
 if TYPE_CHECKING:
     from .driver import Connection, Cursor
 
-__all__ = ["MIGRATIONS", "Migration", "migrate", "migration_sql"]
+__all__ = ["MIGRATIONS", "Migration", "is_made", "migrate", "migration_sql"]
 
 
 class Migration(NamedTuple):
@@ -84,6 +84,11 @@ def migrate(
         if not is_done and not connection.closed:
             cursor.execute("ROLLBACK")
     return True
+
+
+def is_made(connection: Connection, schema: str, name: str) -> bool:
+    """True if the schema has had a migration."""
+    return _version(cursor_of(connection), schema, name, MIGRATIONS) is not None
 
 
 def migration_sql(schema: str, since: int = 0) -> str:
