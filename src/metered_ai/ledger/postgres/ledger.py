@@ -41,6 +41,7 @@ from .address import Address
 from .batches import ENDS, Batch, is_usual
 from .dialect import check_schema, statements
 from .driver import cursor_of, load
+from .joined import Books
 from .lanes import Lane
 from .order import Order, Ticket
 from .schema import is_made, migrate
@@ -112,6 +113,7 @@ class PostgresLedger(Reading):
         self._limit = limit
         self._is_pooled = self._address.pgbouncer if pgbouncer is None else pgbouncer
         self._pool = pool
+        self._made_in = os.getpid()
         self._durability = durability
         self._hold_patience = float(hold_patience)
         self._settle_patience = float(settle_patience)
@@ -140,7 +142,7 @@ class PostgresLedger(Reading):
 
     def _lender(self) -> Lender:
         if self._pool is not None:
-            return lender_of(self._pool)
+            return lender_of(self._pool, self._made_in)
         return Made(
             connector(
                 self._address.conninfo,
@@ -280,6 +282,24 @@ class PostgresLedger(Reading):
                 cursor.execute("SET LOCAL synchronous_commit = on")
                 cursor.execute("SELECT pg_current_xact_id()")
                 cursor.execute("COMMIT")
+
+    @contextmanager
+    def in_transaction(self, connection: Connection) -> Generator[Books]:
+        """
+        Grant, revoke and record inside a transaction of your own, on your psycopg connection: all of it is committed together, or nothing.
+
+        What is done shows, and counts, once you commit; until then the account is locked for others, so commit soon. Of SQLAlchemy's
+        connection it is `connection.connection.driver_connection`. ConfigurationError where no transaction could be joined. The
+        driver's own errors come as they are, because the transaction is yours to try again.
+        """
+        self._check_open()
+        with self._translated():
+            self._ready()
+        books = Books(connection, self._sql, self._clock)
+        try:
+            yield books
+        finally:
+            books.is_over = True
 
     def is_made(self) -> bool:
         """True if the schema is there. Looking makes nothing."""
