@@ -301,6 +301,13 @@ class PostgresLedger(Reading):
         finally:
             books.is_over = True
 
+    def migrate(self) -> bool:
+        """Bring the schema to the newest version, whatever `auto_migrate` says; tell whether anything was to be done."""
+        self._check_open()
+        with self._translated(), self._sessions.use(self._hold_patience) as connection:
+            self._check_server(connection)
+            return migrate(connection, self.schema, self.name)
+
     def is_made(self) -> bool:
         """True if the schema is there. Looking makes nothing."""
         self._check_open()
