@@ -10,13 +10,14 @@ import pytest
 from hypothesis import settings
 
 from metered_ai.testing.provider import FakeProvider
+from tests.postgres.server import drop_schemas, new_schema, server, with_schema
 
 # A slow machine is no bug, and a failing example must be seen again by whoever repeats the run.
 settings.register_profile("suite", deadline=None, print_blob=True)
 settings.load_profile("suite")
 
 for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_OPENAI_", "METERED_AI_", "FLOWGLAD_"))]:
-    if name != "METERED_AI_LONG":
+    if name not in ("METERED_AI_LONG", "METERED_AI_TEST_POSTGRES"):
         del os.environ[name]
 for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
     # pytest-xdist gives its workers a terminal's size; what is printed into a pipe must not depend on it.
@@ -39,3 +40,18 @@ def provider():
     """A provider that answers well until a test scripts otherwise."""
     with FakeProvider() as provider:
         yield provider
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """The URL of a real PostgreSQL server, started when the first test asks for it."""
+    with server() as url:
+        yield url
+
+
+@pytest.fixture
+def postgres(postgres_server):
+    """The URL of a ledger in an empty schema of its own."""
+    schema = new_schema()
+    yield with_schema(postgres_server, schema)
+    drop_schemas(postgres_server, [schema])

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 from .errors import BillingUnavailableError, ConfigurationError, InsufficientCreditsError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .core.call import Policies
     from .core.steps import Enlarge, Place, Renew, Step
     from .ledger import Ledger, Recovery, ServiceLedger, Verification
+    from .ledger.postgres.joined import Books
     from .records import Balance, Deliveries, Grant, Hold, OutboxSummary, Undelivered, UsageEvent, UsageSum
     from .services import BillingService
     from .services.remote import Remote
@@ -66,9 +69,20 @@ def billing_url(url: str | None = None) -> str:
     if separator and scheme == "flowglad":
         return _flowglad_url(rest)
     if separator and scheme in ("postgresql", "postgres"):
-        raise ConfigurationError(f"this release has no {scheme} billing; it has sqlite:///file.db and memory://")
+        return f"postgresql://{rest}"
     shown = f"{scheme}://…" if separator else given
-    raise ConfigurationError(f"cannot bill through {shown!r}; known are sqlite:///file.db and memory://")
+    raise ConfigurationError(
+        f"cannot bill through {shown!r}; known are sqlite:///file.db, postgresql://host/database, flowglad:// and memory://"
+    )
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: where the ledger is, and nothing that could be a password."""
+    if not url.startswith("postgresql:"):
+        return url
+    # One with a stray character in its password could be cut in the middle of that; so all of it or nothing.
+    parts = re.fullmatch(r"postgresql://(?:[^@/?#]*@)?([^@/?#]*(?:/[^@/?#:=]*)?)(?:\?[^@]*)?", url)
+    return f"postgresql://{parts[1]}" if parts else "postgresql://…"
 
 
 def _flowglad_url(rest: str) -> str:
@@ -95,6 +109,7 @@ def ledger_url(url: str) -> str:
 def connect(url: str | None = None, /, **policies: Unpack[PolicyOptions]) -> Billing:
     """
     Make a new `Billing` from a URL: `sqlite:///credits.db` (relative), `sqlite:////var/lib/credits.db`, `memory://`,
+    `postgresql://user@host/database` (extra `postgres`; what psql takes, and `schema`, `connections` and `pgbouncer` as parameters),
     `flowglad://?ledger=sqlite:///credits.db` (with FLOWGLAD_SECRET_KEY; further options of `Flowglad` follow with `&`).
 
     Without a URL METERED_AI_BILLING is read, else it is `sqlite:///metered_ai.db`. Opens nothing yet. You close it.
@@ -156,7 +171,11 @@ class Billing:
             opened[1].after_fork()
 
     def __repr__(self) -> str:
-        return f"<Billing {self._url or self._given!r}>"
+        return f"<Billing {self._where or repr(self._given)}>"
+
+    @property
+    def _where(self) -> str | None:
+        return None if self._url is None else _shown(self._url)
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +215,7 @@ class Billing:
 
     def _closed_error(self) -> BillingUnavailableError:
         return BillingUnavailableError(
-            f"the billing on {self._url or 'the given ledger'} is closed; connect() makes a new one"
+            f"the billing on {self._where or 'the given ledger'} is closed; connect() makes a new one"
         )
 
     def _make(self) -> tuple[Ledger, Settler]:
@@ -209,7 +228,7 @@ class Billing:
         self._remote = self._make_remote(ledger)
         if keeps.spool is not None:
             place = place_in(Path(keeps.spool), place)
-        elif self._url is None or ledger_url(self._url) == "memory://":
+        elif self._url is None or not ledger_url(self._url).startswith("sqlite:"):
             # No file of its own that the spool could stand beside.
             place = place_in(state or Path.cwd(), place)
         settler = Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
@@ -257,16 +276,29 @@ class Billing:
         """The ledger, and a path that stands for it and for no other."""
         keeps = self.settings
         if self._given is not None:
-            return self._given, Path(f"/ledger-{sha256(self._given.name.encode()).hexdigest()[:16]}")
+            return self._given, _place_of(self._given)
         url = None if self._url is None else ledger_url(self._url)
         if url == "memory://":
             from .ledger.memory import MemoryLedger
 
             return MemoryLedger(), Path(f"/memory-{os.urandom(8).hex()}")
 
+        assert url is not None
+        if url.startswith("postgresql:"):
+            from .ledger.postgres import PostgresLedger
+
+            fleet = PostgresLedger(
+                url,
+                durability=keeps.durability,
+                hold_patience=keeps.hold_patience,
+                settle_patience=keeps.settle_patience,
+                auto_migrate=keeps.auto_migrate,
+            )
+            _log.info("credits are kept in %s", fleet.name)
+            return fleet, _place_of(fleet)
+
         from .ledger.sqlite import SqliteLedger
 
-        assert url is not None
         path = Path(url.removeprefix("sqlite:///"))
         _log.info("credits are kept in %s", path)
         ledger = SqliteLedger(
@@ -479,6 +511,21 @@ class Billing:
         if self._remote is not None:
             self._remote.sender.wake()
         return event
+
+    def in_transaction(self, connection: Any) -> AbstractContextManager[Books]:
+        """
+        Grant, revoke and record inside a transaction of your own database connection; only on PostgreSQL, with psycopg.
+
+        `with billing.in_transaction(connection) as books: books.grant(…)`: a webhook and its grant are committed together, or not at
+        all. ConfigurationError where the ledger is another one, or `connection` is in no transaction.
+        """
+        ledger = self._open()[0]
+        join = getattr(ledger, "in_transaction", None)
+        if join is None:
+            raise ConfigurationError(
+                f"only a PostgreSQL ledger joins a transaction of yours; this one is {ledger.name}"
+            )
+        return cast("AbstractContextManager[Books]", join(connection))
 
     def charge(
         self,
@@ -831,6 +878,10 @@ class _Patience:
             return None
         self._pause = min(self._pause * 2, 0.25)
         return min(self._pause, left)
+
+
+def _place_of(ledger: Ledger) -> Path:
+    return Path(f"/ledger-{sha256(ledger.name.encode()).hexdigest()[:16]}")
 
 
 def _undo(step: Place) -> End:

@@ -103,7 +103,9 @@ def test_program(name, provider, tmp_path):
 
 def test_all_tested():
     """No example is left out."""
-    assert {*PROGRAMS, "web_request", "flowglad_app"} == {path.stem for path in EXAMPLES.glob("*.py")}
+    assert {*PROGRAMS, "web_request", "flowglad_app", "payment_webhook"} == {
+        path.stem for path in EXAMPLES.glob("*.py")
+    }
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from operator import is_not
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..core import funds
 from ..records import MAX_TOTAL, Basis, Grant, Hold, Usage, UsageEvent
@@ -19,9 +18,11 @@ __all__ = [
     "SQL",
     "Account",
     "Accounts",
+    "Changes",
     "EndedHold",
     "Execute",
     "OpenHold",
+    "Rows",
     "check_total",
     "fit",
     "grant_funds",
@@ -33,7 +34,23 @@ SQL = read_statements("steps.sql")
 
 _NUMBERS_AT_MOST = 10_000
 
-Execute = Callable[[str, Sequence[Any]], sqlite3.Cursor]
+
+class Rows(Protocol):
+    """What a statement came to: its rows, and how many it changed."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+class Changes(Protocol):
+    """A connection that counts the rows it has changed."""
+
+    @property
+    def total_changes(self) -> int: ...
+
+
+Execute = Callable[[str, Sequence[Any]], Rows]
 """Runs one statement."""
 
 
@@ -137,7 +154,7 @@ class Accounts:
     a step was cut in the middle, and the transaction must be rolled back.
     """
 
-    def __init__(self, execute: Execute, run: Execute, connection: sqlite3.Connection) -> None:
+    def __init__(self, execute: Execute, run: Execute, connection: Changes) -> None:
         self._execute = execute
         # The same for statements with plain parameters, and faster.
         self._run = run

@@ -8,7 +8,6 @@ own, so that it needs no undoing.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -32,6 +31,7 @@ from ..records import Grant, Hold, Usage, UsageEvent
 from .accounts import (
     SQL,
     Account,
+    Changes,
     Execute,
     OpenHold,
     check_total,
@@ -76,7 +76,7 @@ class _Number(NamedTuple):
 class Book(Settles):
     """Does steps, each as far as its rows go; the transaction is the caller's."""
 
-    def __init__(self, execute: Execute, run: Execute, connection: sqlite3.Connection) -> None:
+    def __init__(self, execute: Execute, run: Execute, connection: Changes) -> None:
         super().__init__(execute, run, connection)
         self._ways: dict[type, Callable[[Any, int], Any]] = {
             Place: self._place,

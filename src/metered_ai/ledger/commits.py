@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-__all__ = ["Commits", "Job", "Locked"]
+__all__ = ["Commits", "Handed", "Job", "Locked", "OneOfSeveral", "Several"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
@@ -64,7 +64,7 @@ class Job:
         return time.monotonic() - self.since >= self.patience
 
 
-class _Handed(Job):
+class Handed(Job):
     """A step that somebody handed over and went on."""
 
     __slots__ = ("future",)
@@ -83,7 +83,7 @@ class _Handed(Job):
             self.future.set_result(self.result)
 
 
-class _Several:
+class Several:
     """Steps that were handed over together, with one future for all."""
 
     __slots__ = ("future", "others", "outcomes")
@@ -101,10 +101,10 @@ class _Several:
             self.future.set_result(self.outcomes)
 
 
-class _OneOfSeveral(Job):
+class OneOfSeveral(Job):
     __slots__ = ("group", "index")
 
-    def __init__(self, step: Any, patience: float, group: _Several, index: int) -> None:
+    def __init__(self, step: Any, patience: float, group: Several, index: int) -> None:
         super().__init__(step, patience)
         self.group = group
         self.index = index
@@ -119,7 +119,8 @@ class Commits:
     Gives steps to `work`, which does jobs as one transaction and sets their results, or one step to `alone`, which returns its result.
 
     Where somebody else has the ledger locked, `work` returns the jobs it could not begin, and `alone` raises Locked; `locked` makes
-    the error of a job that has waited long enough for that. Where nothing is gained by sharing a transaction (`shares` False),
+    the error of a job that has waited long enough for that; tries are `longest_wait` apart at most. A job that `work` takes out of its list
+    is finished by somebody else. Where nothing is gained by sharing a transaction (`shares` False),
     every caller who waits anyway does its own step, one after another by `alone`'s own lock.
     """
 
@@ -131,12 +132,14 @@ class Commits:
         name: str,
         *,
         shares: bool,
+        longest_wait: float = _LONGEST_WAIT,
     ) -> None:
         self._alone = alone
         self._work = work
         self._locked = locked
         self._name = name
         self._shares = shares
+        self._longest_wait = longest_wait
         self.reset()
 
     def reset(self) -> None:
@@ -174,7 +177,11 @@ class Commits:
         job = Job(step, patience)
         job.lock = _thread.allocate_lock()
         job.lock.acquire()
-        self._hand_over(job)
+        self.hand_over(job)
+        return self.wait(job)
+
+    def wait(self, job: Job) -> Any:
+        """Wait for a job with a lock that was handed over; its result, or raise its error."""
         if self._thread is not None and self._thread.ident == _thread.get_ident():
             # A callback of a future, run by the writer itself: nobody else would do the step.
             self._serve(job)
@@ -185,19 +192,19 @@ class Commits:
         return job.result
 
     def submit(self, step: Any, patience: float) -> Future[Any]:
-        job = _Handed(step, patience)
-        self._hand_over(job)
+        job = Handed(step, patience)
+        self.hand_over(job)
         return job.future
 
     def submit_all(self, steps: Sequence[tuple[Any, float, Exception | None]]) -> Future[list[Any]]:
         """Hand over steps with their patience; one that comes with an error has failed already."""
-        group = _Several(len(steps))
+        group = Several(len(steps))
         if not steps:
             group.future.set_result([])
         now = time.monotonic()
         for index, (step, patience, error) in enumerate(steps):
             if error is None:
-                job = _OneOfSeveral(step, patience, group, index)
+                job = OneOfSeveral(step, patience, group, index)
                 job.since = now
                 self._queue.append(job)
             else:
@@ -205,13 +212,18 @@ class Commits:
         self._wake()
         return group.future
 
+    @property
+    def is_mine(self) -> bool:
+        """True in the writer thread itself, where a callback runs."""
+        return self._thread is not None and self._thread.ident == _thread.get_ident()
+
     def drain(self) -> None:
         """Wait until everything handed over so far has been done."""
         while self._queue or self._turn:
             barrier = Job(None, float("inf"))
             barrier.lock = _thread.allocate_lock()
             barrier.lock.acquire()
-            self._hand_over(barrier)
+            self.hand_over(barrier)
             barrier.lock.acquire()
 
     def stop(self) -> None:
@@ -225,7 +237,8 @@ class Commits:
         # From a caller that found the ledger locked and woke the thread at its end.
         self._do_all()
 
-    def _hand_over(self, job: Job) -> None:
+    def hand_over(self, job: Job) -> None:
+        """Leave a job to the writer thread."""
         job.since = time.monotonic()
         self._queue.append(job)
         self._wake()
@@ -286,7 +299,7 @@ class Commits:
                     _log.exception("a callback of a step failed")
             if is_locked:
                 time.sleep(wait)
-            wait = min(wait * 1.5, _LONGEST_WAIT) if is_locked else _FIRST_WAIT
+            wait = min(wait * 1.5, self._longest_wait) if is_locked else _FIRST_WAIT
 
     def _do_queued(self) -> tuple[list[Job], bool]:
         """Do what is queued in one transaction; return what is done or has waited too long, and whether the ledger was locked."""
@@ -294,12 +307,16 @@ class Commits:
         while self._queue and len(batch) < AT_ONCE:
             batch.append(self._queue.popleft())
         steps = [job for job in batch if job.step is not None]
+        count = len(steps)
         try:
             left = self._work(steps) if steps else steps
         except Exception as error:  # noqa: BLE001  Whatever it is, nobody may wait for ever.
             left = []
             for job in steps:
                 job.error = job.error or error
+        if len(steps) != count:
+            kept = set(map(id, steps))
+            batch = [job for job in batch if job.step is None or id(job) in kept]
         if not left:
             return batch, False
 

@@ -28,7 +28,7 @@ Fetch = Callable[[str, Sequence[Any]], list[Row]]
 
 
 class Reading(ABC):
-    """The reading half of a ledger on SQLite."""
+    """The reading half of a ledger that keeps tables."""
 
     @abstractmethod
     def now(self) -> int:
