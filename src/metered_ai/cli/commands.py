@@ -368,3 +368,9 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
         for sentence in show.verification_words(found):
             out.print(sentence, style="bold red" if sentence.startswith("Broken") else None)
     return 0 if found.is_sound else 1
+
+
+# At the end, because their modules use what is above.
+from . import outbox  # noqa: E402
+
+_MORE = (outbox,)
