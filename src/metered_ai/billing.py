@@ -369,12 +369,13 @@ class Billing:
 
     def _place(self, ledger: Ledger, settler: Settler, step: Place) -> Hold:
         patience: _Patience | None = None
-        since = None if self._remote is None else self._remote.prepare(step)
+        remote = self._remote
+        since = None if remote is None else remote.prepare(step)
         while True:
             try:
                 return cast("Hold", ledger.run(step))
             except InsufficientCreditsError as error:
-                if self._remote is not None and self._remote.has_news(step, since):
+                if remote is not None and remote.has_news(step, since):
                     since = None
                     continue
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
@@ -391,12 +392,13 @@ class Billing:
 
     async def _aplace(self, settler: Settler, step: Place) -> Hold:
         patience: _Patience | None = None
-        since = None if self._remote is None else await self._remote.aprepare(step)
+        remote = self._remote
+        since = None if remote is None else await remote.aprepare(step)
         while True:
             try:
                 return cast("Hold", await settler.run(step))
             except InsufficientCreditsError as error:
-                if self._remote is not None and await self._remote.ahas_news(step, since):
+                if remote is not None and await remote.ahas_news(step, since):
                     since = None
                     continue
                 error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
@@ -413,25 +415,27 @@ class Billing:
                 raise
 
     def _enlarge(self, step: Enlarge) -> None:
-        since = None if self._remote is None else self._remote.prepare(step)
+        remote = self._remote
+        since = None if remote is None else remote.prepare(step)
         while True:
             try:
                 self.ledger.run(step)
                 return
             except InsufficientCreditsError as error:
-                if self._remote is None or not self._remote.has_news(step, since):
+                if remote is None or not remote.has_news(step, since):
                     error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
                     raise
                 since = None
 
     async def _aenlarge(self, step: Enlarge) -> None:
-        since = None if self._remote is None else await self._remote.aprepare(step)
+        remote = self._remote
+        since = None if remote is None else await remote.aprepare(step)
         while True:
             try:
                 await self._settler.run(step)
                 return
             except InsufficientCreditsError as error:
-                if self._remote is None or not await self._remote.ahas_news(step, since):
+                if remote is None or not await remote.ahas_news(step, since):
                     error.upgrade_url = error.upgrade_url or self.settings.upgrade_url
                     raise
                 since = None
@@ -508,8 +512,10 @@ class Billing:
         return cast("UsageEvent", self._recorded(await self._arun(step)))
 
     def _recorded(self, event: object) -> object:
-        if self._remote is not None:
-            self._remote.sender.wake()
+        # Read once, as everywhere: another thread may be closing this.
+        remote = self._remote
+        if remote is not None:
+            remote.sender.wake()
         return event
 
     def in_transaction(self, connection: Any) -> AbstractContextManager[Books]:
@@ -566,8 +572,9 @@ class Billing:
         """
         self._settle_queue()
         ledger = self.ledger
-        if self._remote is not None:
-            self._remote.refresh(customer, meter, is_forced=refresh)
+        remote = self._remote
+        if remote is not None:
+            remote.refresh(customer, meter, is_forced=refresh)
         return ledger.balance(customer, meter)
 
     async def abalance(self, customer: str, meter: str, /, *, refresh: bool = False) -> Balance:
@@ -717,8 +724,9 @@ class Billing:
             if settler.is_waiting:
                 reasons.append(f"usage waits to be written to {ledger.name}")
             ledger.balance("readiness", "readiness")
-            if self._remote is not None and self._remote.sender.alarm is not None:
-                reasons.append(self._remote.sender.alarm)
+            remote = self._remote
+            if remote is not None and remote.sender.alarm is not None:
+                reasons.append(remote.sender.alarm)
         except BillingUnavailableError as error:
             reasons.append(str(error))
         return reasons
@@ -739,11 +747,12 @@ class Billing:
 
         self._settle_queue()
         ledger, _ = self._open()
-        if self._remote is None:
+        remote = self._remote
+        if remote is None:
             raise ConfigurationError(f"{ledger.name} has no service to deliver to; give Billing a service=")
-        delivered = self._remote.sender.deliver(timeout)
+        delivered = remote.sender.deliver(timeout)
         left = cast("ServiceLedger", ledger).undelivered_summary()
-        return Deliveries(delivered, left.waiting, left.parked, left.dead, self._remote.sender.alarm)
+        return Deliveries(delivered, left.waiting, left.parked, left.dead, remote.sender.alarm)
 
     async def adeliver(self, timeout: float = 30.0) -> Deliveries:  # noqa: ASYNC109  as `deliver`
         """`deliver`, without blocking the loop."""
@@ -788,8 +797,9 @@ class Billing:
         All of them, or those of a customer, a meter, a transaction id. A customer's parked meter is replayed as a whole, in order.
         """
         count = self._keeps_outbox().replay(customer, meter, transaction_id)
-        if count and self._remote is not None:
-            self._remote.sender.wake()
+        remote = self._remote
+        if count and remote is not None:
+            remote.sender.wake()
         return count
 
     async def areplay(
@@ -959,8 +969,9 @@ def _sweep(billing: weakref.ref[Billing]) -> None:
         settler.adopt()
         settler.start_retrying()
         found = ledger.recover()
-        if alive._remote is not None:
-            alive._remote.sender.look()
+        remote = alive._remote
+        if remote is not None:
+            remote.sender.look()
         if found.resolved:
             _log.warning(
                 "%d holds of processes that died were resolved: %d released (in doubt: %d), %d charged",

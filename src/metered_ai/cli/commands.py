@@ -430,3 +430,7 @@ def migrate(
         show.console().print(
             "The schema was brought to this release's version." if is_changed else "Nothing was to be done."
         )
+# At the end, because their modules use what is above.
+from . import outbox  # noqa: E402
+
+_MORE = (outbox,)

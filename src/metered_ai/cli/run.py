@@ -10,7 +10,6 @@ from io import TextIOWrapper
 import typer
 
 from ..errors import GrantConflictError, InsufficientCreditsError, MeteringError
-from . import outbox as _outbox  # noqa: F401  # pyright: ignore[reportUnusedImport]  it registers its commands
 from .commands import app
 from .show import shown
 

@@ -123,7 +123,12 @@ class Balances:
         """A read to wait for, and whether it is to be carried out by who asks; None where it has been."""
         with self._lock:
             running = self._reads.get(key)
-            if _ANY != since < self._answered.get(key, _ANY):
+            if since == _ANY:
+                # Somebody else's answer may have come since this caller looked.
+                is_known = self.is_fresh(*key)
+            else:
+                is_known = since < self._answered.get(key, _ANY)
+            if is_known:
                 return None, False
             if running is None:
                 running = self._reads[key] = _Read(None)
