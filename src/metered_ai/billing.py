@@ -407,6 +407,15 @@ class Billing:
         """`balances`, without blocking the loop."""
         return await asyncio.to_thread(self.balances, customer)
 
+    def accounts(self, meter: str | None = None) -> Iterator[Balance]:
+        """The balances of every customer and meter there is, in the order they were made: for the operator."""
+        self._settle_queue()
+        return self.ledger.accounts(meter)
+
+    def aaccounts(self, meter: str | None = None) -> AsyncIterator[Balance]:
+        """`accounts`, read in a thread."""
+        return _in_thread(lambda: self.accounts(meter))
+
     def usage_events(
         self,
         customer: str | None = None,
