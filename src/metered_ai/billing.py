@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .charge import Charge
     from .core.call import Policies
     from .core.steps import Place, Renew, Step
+    from .hooks import Hooks
     from .ledger import Ledger, Recovery, Verification
     from .records import Balance, Grant, Hold, UsageEvent, UsageSum
     from .settings import PolicyOptions, Settings
@@ -84,7 +85,8 @@ class Billing:
     `on_abort` (the consumer stops early) observed, hold or drain; `on_repeat` (an operation billed before) refuse or free;
     `on_settle_failure` return or raise; `lease`, `heartbeat`, `max_call`, `hold_patience`, `settle_patience`, `wait_for_credits` in
     seconds; `max_holds` of a customer; `durability` full or relaxed; `auto_migrate`; `spool` a folder; `default_max_output_tokens`;
-    `upgrade_url` carried in refusals.
+    `upgrade_url` carried in refusals; `on_low_balance` is told at 80, 90 and 100 % used, `on_refused` of each refusal, both after the
+    fact on a thread of their own (`metered_ai.hooks`).
     """
 
     def __init__(self, ledger: str | Ledger, /, **policies: Unpack[PolicyOptions]) -> None:
@@ -95,6 +97,11 @@ class Billing:
         self._given = None if isinstance(ledger, str) else ledger
         self._policies: Policies | None = None
         self._is_closed = False
+        self._hooks: Hooks | None = None
+        if self.settings.on_low_balance is not None or self.settings.on_refused is not None:
+            from .hooks import Hooks
+
+            self._hooks = Hooks(self.settings.on_low_balance, self.settings.on_refused)
         self._reset()
         _alive.add(self)
 
@@ -113,6 +120,8 @@ class Billing:
         self._owner = None
         self._streams = {}
         self._drains = threading.BoundedSemaphore(8)
+        if self._hooks is not None:
+            self._hooks.after_fork()
         if opened is not None:
             opened[1].after_fork()
 
@@ -172,7 +181,9 @@ class Billing:
         elif self._url is None or self._url == "memory://":
             # No file of its own that the spool could stand beside.
             place = place_in(state or Path.cwd(), place)
-        return ledger, Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
+        settler = Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
+        settler.hooks = self._hooks
+        return ledger, settler
 
     def _make_ledger(self) -> tuple[Ledger, Path]:
         """The ledger, and a path that stands for it and for no other."""
@@ -263,6 +274,8 @@ class Billing:
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
+                    if self._hooks is not None:
+                        self._hooks.refused(error)
                     raise
                 time.sleep(pause)
             except BaseException as error:
@@ -280,6 +293,8 @@ class Billing:
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
+                    if self._hooks is not None:
+                        self._hooks.refused(error)
                     raise
                 await asyncio.sleep(pause)
             except BaseException as error:
@@ -317,11 +332,17 @@ class Billing:
 
     def revoke(self, customer: str, meter: str, id: str, /) -> Grant:
         """Take a grant back: what is unspent leaves the balance, the rest becomes debt. Idempotent. ValueError for an unknown id."""
-        return cast("Grant", self._run(_revoke_step(customer, meter, id)))
+        grant = cast("Grant", self._run(_revoke_step(customer, meter, id)))
+        if self._hooks is not None:
+            self._hooks.revoked(self.ledger, customer, meter)
+        return grant
 
     async def arevoke(self, customer: str, meter: str, id: str, /) -> Grant:
         """`revoke`, without blocking the loop."""
-        return cast("Grant", await self._arun(_revoke_step(customer, meter, id)))
+        grant = cast("Grant", await self._arun(_revoke_step(customer, meter, id)))
+        if self._hooks is not None:
+            self._hooks.revoked(self.ledger, customer, meter)
+        return grant
 
     def set_unlimited(self, customer: str, meter: str, is_unlimited: bool, /) -> None:
         """Refuse this account nothing from now on, or go back to its balance. Usage is counted either way."""
@@ -343,7 +364,10 @@ class Billing:
     ) -> UsageEvent:
         """Record usage after the fact, without a hold; it may go into debt. The same id again gives the first event."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", self._run(step))
+        event = cast("UsageEvent", self._run(step))
+        if self._hooks is not None:
+            self._hooks.used(self.ledger, event)
+        return event
 
     async def arecord(
         self,
@@ -357,7 +381,10 @@ class Billing:
     ) -> UsageEvent:
         """`record`, without blocking the loop."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", await self._arun(step))
+        event = cast("UsageEvent", await self._arun(step))
+        if self._hooks is not None:
+            self._hooks.used(self.ledger, event)
+        return event
 
     def charge(
         self,
@@ -589,6 +616,8 @@ class Billing:
             from .ledger.leases import heartbeat
 
             heartbeat.forget(self._owner)
+        if self._hooks is not None:
+            self._hooks.close()
         self._opened = self._owner = None
         if self._given is None:
             ledger.close()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import iscoroutinefunction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigurationError
 from .records import MAX_AMOUNT
+
+if TYPE_CHECKING:
+    from .hooks import LowBalance, Refusal
 
 __all__ = ["PolicyOptions", "Settings", "settings"]
 
@@ -35,6 +40,8 @@ class PolicyOptions(TypedDict, total=False):
     default_max_output_tokens: int
     wait_for_credits: float
     upgrade_url: str | None
+    on_low_balance: Callable[[LowBalance], object] | None
+    on_refused: Callable[[Refusal], object] | None
 
 
 class Settings(BaseModel):
@@ -59,6 +66,15 @@ class Settings(BaseModel):
     default_max_output_tokens: Annotated[int, Field(ge=1, le=MAX_AMOUNT)] = 4096
     wait_for_credits: Seconds = 0.0
     upgrade_url: str | None = None
+    on_low_balance: Callable[..., object] | None = None
+    on_refused: Callable[..., object] | None = None
+
+    @field_validator("on_low_balance", "on_refused")
+    @classmethod
+    def _hook_is_plain(cls, hook: Callable[..., object] | None) -> Callable[..., object] | None:
+        if iscoroutinefunction(hook):
+            raise ValueError("a hook is called on a thread without an event loop and must be a plain function")
+        return hook
 
     @model_validator(mode="after")
     def _lease_outlasts_beats(self) -> Settings:

@@ -20,6 +20,7 @@ from .ledger.spool import Spool
 from .records import UsageEvent
 
 if TYPE_CHECKING:
+    from .hooks import Hooks
     from .ledger import Ledger, Outcomes
 
 __all__ = ["End", "Settler", "unrecorded"]
@@ -76,6 +77,7 @@ class Settler:
     def __init__(self, ledger: Ledger, spool: Spool) -> None:
         self._ledger = ledger
         self._spool = spool
+        self.hooks: Hooks | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -247,6 +249,8 @@ class Settler:
         if isinstance(result, Settled):
             for tell in end.told:
                 tell(result)
+            if self.hooks is not None:
+                self.hooks.settled(self._ledger, result)
 
     def _failed(self, end: End, error: Exception) -> Exception:
         step = end.step
