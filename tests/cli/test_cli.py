@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 import metered_ai
-from metered_ai import Balance, Usage, connect
+from metered_ai import Balance, Usage
 from metered_ai.cli import commands, main, show
 from metered_ai.cli.dates import read_date
 from metered_ai.core.steps import Place, Settle
@@ -31,34 +31,6 @@ NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 READERS = [("balance", "ada"), ("events",), ("holds",), ("recover",), ("verify",)]
 ADA, GEN = "ada", "generations"
 HOSTILE = "[red]x[/red]\x1b[31m\u202e:smile:\n"
-
-
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    """Where the ledger is: named by the environment, as in an application."""
-    path = tmp_path / "credits.db"
-    monkeypatch.setenv("METERED_AI_BILLING", f"sqlite:///{path}")
-    monkeypatch.chdir(tmp_path)
-    return path
-
-
-@pytest.fixture
-def billing(path):
-    """The application's own billing, beside which the command line works."""
-    with connect(f"sqlite:///{path}", durability="relaxed") as billing:
-        yield billing
-
-
-@pytest.fixture
-def cli(path, capsys):
-    """Runs a command; gives its exit code, what it printed, and what it complained of."""
-
-    def run(*arguments):
-        code = main(arguments)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def start(*arguments, python=(), **options):
@@ -328,7 +300,7 @@ KEYS = {
     ),
     ("events",): (
         "customer meter transaction_id amount created_at basis kind hold_id usage request_id attempts properties price_slug parent "
-        "is_unlimited is_late"
+        "is_unlimited is_late reference delivered"
     ),
     ("holds",): (
         "id customer meter amount state placed_at expires_at ended_at reason sent transaction_id endpoint model parent is_unlimited "
@@ -668,10 +640,10 @@ def test_no_extra(package, monkeypatch, capsys):
 def test_help(cli):
     """Without arguments it explains itself; every command has a help with its JSON keys."""
     code, out, err = cli()
-    names = "demo grant balance events holds recover verify".split()
+    names = "demo grant revoke balance usage events holds recover verify why".split()
 
     assert (0, "") == (code, err)
-    assert [] == [name for name in names if name not in out]
+    assert [] == [name for name in [*names, "serve"] if name not in out]
     assert [] == [name for name in names if "JSON" not in cli(name, "--help")[1]]
 
 
