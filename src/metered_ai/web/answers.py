@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-__all__ = ["STATIC", "file_answer", "html_answer", "json_answer", "refusal"]
+__all__ = ["PRIVATE", "STATIC", "file_answer", "html_answer", "json_answer", "refusal"]
 
-_PRIVATE = {
+PRIVATE = {
     "cache-control": "no-store",
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -50,17 +50,17 @@ def html_answer(
 ) -> Response:
     """A template's page. Everything put into it is escaped."""
     return HTMLResponse(
-        _templates().get_template(template).render(names), status_code=status, headers={**_PRIVATE, **(headers or {})}
+        _templates().get_template(template).render(names), status_code=status, headers={**PRIVATE, **(headers or {})}
     )
 
 
 def json_answer(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(content, status_code=status, headers={**_PRIVATE, **(headers or {})})
+    return JSONResponse(content, status_code=status, headers={**PRIVATE, **(headers or {})})
 
 
 def refusal() -> Response:
     """The one answer to whatever is not to be had: it does not tell a wrong address from somebody else's."""
-    return Response("Not found\n", status_code=404, media_type="text/plain", headers=_PRIVATE)
+    return Response("Not found\n", status_code=404, media_type="text/plain", headers=PRIVATE)
 
 
 @lru_cache(maxsize=8)
@@ -70,4 +70,4 @@ def _file(name: str) -> bytes:
 
 def file_answer(name: str) -> Response:
     """One of the files in STATIC."""
-    return Response(_file(name), media_type=STATIC[name], headers={**_PRIVATE, "cache-control": "no-cache"})
+    return Response(_file(name), media_type=STATIC[name], headers={**PRIVATE, "cache-control": "no-cache"})
