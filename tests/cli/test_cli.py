@@ -37,7 +37,7 @@ def start(*arguments, python=(), **options):
     """A command in a process of its own, as a shell starts it."""
     environment = {**os.environ, "PYTHONPATH": str(Path(metered_ai.__file__).parents[1]), **options.pop("env", {})}
     command = [sys.executable, *python, "-m", "metered_ai.cli", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, env=environment, **{"stderr": subprocess.PIPE, **options})
 
 
 def place(hold_id, **more):

@@ -199,6 +199,35 @@ def test_watch(used, path):
     assert (b"", 0) == (complaint, process.returncode)
 
 
+@pytest.mark.parametrize("command", ["verify", "events", "holds", "recover", "usage"])
+def test_progress(command, used):
+    """What may take long says so on a terminal's stderr, and takes it back; elsewhere stderr stays empty (as all other tests see)."""
+    used.close()
+    ours, its = pty.openpty()
+    with start(
+        command, stdout=subprocess.PIPE, stderr=its, env={"TERM": "xterm-256color", "COLUMNS": "100"}
+    ) as process:
+        os.close(its)
+        out = process.stdout.read()
+        seen = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:
+                # How Linux says that the other side is closed.
+                break
+            if not part:
+                break
+            seen += part
+        process.wait(30)
+    os.close(ours)
+
+    assert 0 == process.returncode
+    assert "…".encode() in seen
+    assert re.search(rb"0:00:0\d", seen)
+    assert b"\x1b" not in out
+
+
 # ---- revoke ----
 
 

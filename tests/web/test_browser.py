@@ -11,7 +11,10 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from metered_ai.core.steps import Place
 from metered_ai.web import usage_page
+from metered_ai.web.operator import OperatorView
+from metered_ai.web.tokens import Tokens
 from tests.web.scenes import GEN, HOSTILE, away, chromium, fill_every_level, find_chromium, serving, use, write_history
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +48,7 @@ class Site:
         self.app.mount("/usage", page)
         self.widget = '<metered-usage refresh="0"></metered-usage>'
         self.style = "light dark"
+        self.page = None
 
     def who_asks(self, request):
         self.asked.append(request.url.path)
@@ -214,6 +218,29 @@ def test_hostile(site, tab, billing):
     assert [] == faults(page)
 
 
+def test_operator(browser, billing, levels):
+    """The operator's pages have no fault either, light and dark, on a desk and on a phone, and need no script."""
+    levels.ledger.run(Place("h_dead", "ok", GEN, 3, None, max_call=1e-6))
+    levels.recover()
+    view = OperatorView(levels, Tokens(), hosts=[])
+    with serving(view) as url:
+        view._hosts = frozenset([url.removeprefix("http://")])
+        for scheme, size in (("light", DESK), ("dark", PHONE)):
+            with browser.new_context(viewport=size, color_scheme=scheme) as context:
+                page = context.new_page()
+                page.complaints = []
+                page.goto(f"{url}{view.link()}")
+                found = [faults(page), is_wide(page)]
+                page.get_by_role("link", name="in_debt").click()
+                page.get_by_text("used without a limit").wait_for()
+                found += [faults(page), is_wide(page)]
+                page.get_by_role("link", name="Ledger").click()
+                page.get_by_role("link", name="Verify").click()
+                page.get_by_text("Sound: every sum adds up.").wait_for()
+
+                assert [[], False, [], False, []] == [*found, faults(page)]
+
+
 # ---- kept up to date ----
 
 
@@ -342,6 +369,20 @@ def test_widget_meter(site, tab, billing):
     page.evaluate("window.dispatchEvent(new Event('metered:changed'))")
     page.wait_for_load_state("networkidle")
     assert asked == len(site.asked)
+
+
+def test_documented(site, tab, billing):
+    """What docs/usage-page.md says to put into a page works as it stands there."""
+    page_of_docs = Path(__file__).parents[2].joinpath("docs", "usage-page.md").read_text("utf-8")
+    (html,), (script,) = (
+        re.findall(rf"```{language}\n(.*?)```", page_of_docs, re.DOTALL) for language in ("html", "js")
+    )
+    site.page = f"<!doctype html><html lang=en><title>An application</title><main>{html}</main>"
+    page = tab("/")
+    page.get_by_text("40 / 100 used").wait_for()
+    use(billing, "ok", 2, 2)
+    page.evaluate(script)
+    page.get_by_text("42 / 100 used").wait_for()
 
 
 # ---- when it cannot be shown ----

@@ -338,7 +338,8 @@ def events(
         if (json or csv) and not limit:
             _print_list(EVENTS, found, csv=csv)
             return
-        rows, total = show.latest(found, _rows(limit), lambda event: event.created_at)
+        with show.busy("Looking for the newest…"):
+            rows, total = show.latest(found, _rows(limit), lambda event: event.created_at)
         unknown = "" if rows else unknown_words(billing, customer, meter)
 
     if json or csv:
@@ -395,7 +396,8 @@ def holds(
         if (json or csv) and not limit:
             _print_list(HOLDS, (_hold_keys(hold) for hold in found), csv=csv)
             return
-        rows, total = show.latest(found, _rows(limit), lambda hold: hold.placed_at)
+        with show.busy("Looking for the newest…"):
+            rows, total = show.latest(found, _rows(limit), lambda hold: hold.placed_at)
         unknown = "" if rows else unknown_words(billing, customer, meter)
 
     if json or csv:
