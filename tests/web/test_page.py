@@ -10,7 +10,7 @@ from functools import partial
 from html import unescape
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -358,6 +358,7 @@ def test_fuzz(name, tmp_path_factory):
                 assert name == answer.json()["customer"]
 
 
+@settings(max_examples=40)
 @given(meter=st.text(max_size=300))
 def test_fuzz_meter(meter):
     """Whatever meter a widget asks for, it is an empty one of the customer's own or a 404."""
