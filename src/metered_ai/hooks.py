@@ -225,11 +225,10 @@ class Hooks:
     def close(self) -> None:
         """Tell what waits, for a few seconds at most."""
         self._is_closed = True
-        thread = self._thread
-        if thread is None:
-            return
+        # Also where no thread is known yet: a hook may close its own billing before its thread's start has returned.
         self._waiting.put(None)
-        if thread is not threading.current_thread():
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSING_SECONDS)
             if thread.is_alive():
                 _log.warning("a hook does not return; what waits for it is not told")

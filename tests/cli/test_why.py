@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 
 import pytest
 
-from metered_ai import Usage
+from metered_ai import Usage, UsageEvent
+from metered_ai.cli.story import Story, _told
 from metered_ai.core.steps import Place, Release, Settle
 from metered_ai.ledger.leases import new_hold_id
 
@@ -165,3 +167,21 @@ def test_nothing(cli, billing):
     assert (1, "", "metered-ai: no usage event and no hold has the id 'nope'\n") == cli("why", "nope")
     assert (1, "[]\n") == cli("why", "nope", "--json")[:2]
     assert "customer 'bob', meter 'images'" in cli("why", "nope", "--customer", "bob", "--meter", "images")[2]
+
+
+@pytest.mark.parametrize(
+    ("delivered", "has_service", "words"),
+    [
+        (None, False, "none: this ledger tells no remote service"),
+        (None, True, "waits in the outbox"),
+        ({}, True, "delivered"),
+        ({"price": "price_7", "id": "ue_1\x1b"}, True, "delivered: price price_7, id ue_1\\x1b"),
+    ],
+)
+def test_delivery(delivered, has_service, words):
+    """Where there is a service the story says whether it has been told, and what it answered."""
+    now = datetime.now(UTC)
+    event = UsageEvent(ADA, GEN, "gen_1", 1, now, "reported", delivered=delivered)
+    story = Story(ADA, GEN, event, None, [], [], None, [])
+
+    assert ("delivery", words) == list(_told(story, has_service=has_service))[-1]

@@ -380,25 +380,37 @@ def test_close(open_billing, told):
     assert not closing._hooks._thread.is_alive()
 
 
-def test_fork(open_billing, told, tmp_path):
-    """A child tells by itself, on a thread of its own, and only what happened in it."""
-    out = tmp_path / "told"
-    billing = open_billing(on_low_balance=lambda low: out.open("a").write(f"{os.getpid()} {low.threshold}\n"))
-    billing.grant("ada", GEN, 10, id="order_1")
+def test_fork(open_billing, tmp_path):
+    """A child tells by itself, on a thread of its own, and nothing of what waits in its parent."""
+    out, parent, gate, started = tmp_path / "told", os.getpid(), threading.Event(), threading.Event()
+
+    def tell(low):
+        if os.getpid() == parent and low.threshold == 80:
+            started.set()
+            gate.wait(30)
+        with out.open("a") as file:
+            file.write(f"{os.getpid()} {low.customer} {low.threshold}\n")
+
+    billing = open_billing(on_low_balance=tell)
+    for customer in ("ada", "bob"):
+        billing.grant(customer, GEN, 10, id="order_1")
     billing.record("ada", GEN, transaction_id="t1", amount=8)
-    wait(billing)
+    assert started.wait(30)
+    billing.record("ada", GEN, transaction_id="t2", amount=1)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            billing.record("ada", GEN, transaction_id="t2", amount=1)
+            billing.record("bob", GEN, transaction_id="t1", amount=8)
             wait(billing)
             status = 0
         finally:
             os._exit(status)
     assert 0 == os.waitpid(child, 0)[1]
+    gate.set()
+    wait(billing)
 
-    assert [f"{os.getpid()} 80", f"{child} 90"] == out.read_text().splitlines()
+    assert [f"{child} bob 80", f"{parent} ada 80", f"{parent} ada 90"] == out.read_text().splitlines()
 
 
 # ---- mistakes ----
