@@ -5,8 +5,9 @@
 #   make bench      the figures        make chaos   the suite with its long forms
 #   make docs       the pages, in site/
 #   make cassettes  record the HTTP recordings again
+#   make screenshots  take the pictures in docs/ again; needs Chromium
 
-.PHONY: test suite compat on-oldest on-3.12 on-3.13 lint types demo bench chaos docs cassettes clean
+.PHONY: test suite compat on-oldest on-3.12 on-3.13 lint types demo bench chaos docs cassettes screenshots clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -84,6 +85,9 @@ docs: $(call stamp,docs)
 
 cassettes: $(new)
 	.venv/new/bin/python cassettes/record.py
+
+screenshots: $(new)
+	.venv/new/bin/python -m docs.screenshots
 
 clean:
 	rm -rf .venv dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

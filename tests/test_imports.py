@@ -17,7 +17,7 @@ SOURCE = Path(metered_ai.__file__).parent
 LAYERS = [
     ["errors", "records", "options"],
     ["core"],
-    ["context", "ledger", "prices", "services", "settings"],
+    ["context", "hooks", "ledger", "prices", "services", "settings"],
     ["settling"],
     ["charge"],
     ["billing"],

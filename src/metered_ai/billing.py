@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .charge import Charge
     from .core.call import Policies
     from .core.steps import Enlarge, Place, Renew, Step
+    from .hooks import Hooks
     from .ledger import Ledger, Recovery, ServiceLedger, Verification
     from .ledger.postgres.joined import Books
     from .records import Balance, Deliveries, Grant, Hold, OutboxSummary, Undelivered, UsageEvent, UsageSum
@@ -128,7 +129,8 @@ class Billing:
     `on_abort` (the consumer stops early) observed, hold or drain; `on_repeat` (an operation billed before) refuse or free;
     `on_settle_failure` return or raise; `lease`, `heartbeat`, `max_call`, `hold_patience`, `settle_patience`, `wait_for_credits` in
     seconds; `max_holds` of a customer; `durability` full or relaxed; `auto_migrate`; `spool` a folder; `default_max_output_tokens`;
-    `upgrade_url` carried in refusals.
+    `upgrade_url` carried in refusals; `on_low_balance` is told at 80, 90 and 100 % used, `on_refused` of each refusal, both after the
+    fact on a thread of their own (`metered_ai.hooks`).
 
     With `service=` a remote system owns the balances: the ledger holds against what it says, heard at most `max_balance_age` seconds ago, and a
     background thread tells it of every usage event. The service is yours to close.
@@ -146,6 +148,11 @@ class Billing:
             )
         self._policies: Policies | None = None
         self._is_closed = False
+        self._hooks: Hooks | None = None
+        if self.settings.on_low_balance is not None or self.settings.on_refused is not None:
+            from .hooks import Hooks
+
+            self._hooks = Hooks(self.settings.on_low_balance, self.settings.on_refused)
         self._reset()
         _alive.add(self)
 
@@ -167,6 +174,8 @@ class Billing:
         self._drains = threading.BoundedSemaphore(8)
         if self._remote is not None:
             self._remote.after_fork()
+        if self._hooks is not None:
+            self._hooks.after_fork()
         if opened is not None:
             opened[1].after_fork()
 
@@ -234,6 +243,7 @@ class Billing:
         settler = Settler(ledger, Spool(place, state, makes_folder=keeps.spool is not None))
         if self._remote is not None:
             settler.after_settle = self._remote.sender.wake
+        settler.hooks = self._hooks
         return ledger, settler
 
     def _make_remote(self, ledger: Ledger) -> Remote | None:
@@ -382,6 +392,8 @@ class Billing:
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
+                    if self._hooks is not None:
+                        self._hooks.refused(error)
                     raise
                 since = None
                 time.sleep(pause)
@@ -405,6 +417,8 @@ class Billing:
                 patience = patience or _Patience(self.settings.wait_for_credits)
                 pause = patience.pause(error)
                 if pause is None:
+                    if self._hooks is not None:
+                        self._hooks.refused(error)
                     raise
                 since = None
                 await asyncio.sleep(pause)
@@ -469,11 +483,17 @@ class Billing:
 
     def revoke(self, customer: str, meter: str, id: str, /) -> Grant:
         """Take a grant back: what is unspent leaves the balance, the rest becomes debt. Idempotent. ValueError for an unknown id."""
-        return cast("Grant", self._run(_revoke_step(customer, meter, id)))
+        grant = cast("Grant", self._run(_revoke_step(customer, meter, id)))
+        if self._hooks is not None:
+            self._hooks.revoked(self.ledger, customer, meter)
+        return grant
 
     async def arevoke(self, customer: str, meter: str, id: str, /) -> Grant:
         """`revoke`, without blocking the loop."""
-        return cast("Grant", await self._arun(_revoke_step(customer, meter, id)))
+        grant = cast("Grant", await self._arun(_revoke_step(customer, meter, id)))
+        if self._hooks is not None:
+            self._hooks.revoked(self.ledger, customer, meter)
+        return grant
 
     def set_unlimited(self, customer: str, meter: str, is_unlimited: bool, /) -> None:
         """Refuse this account nothing from now on, or go back to its balance. Usage is counted either way."""
@@ -495,7 +515,7 @@ class Billing:
     ) -> UsageEvent:
         """Record usage after the fact, without a hold; it may go into debt. The same id again gives the first event."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", self._recorded(self._run(step)))
+        return self._recorded(self._run(step))
 
     async def arecord(
         self,
@@ -509,13 +529,16 @@ class Billing:
     ) -> UsageEvent:
         """`record`, without blocking the loop."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
-        return cast("UsageEvent", self._recorded(await self._arun(step)))
+        return self._recorded(await self._arun(step))
 
-    def _recorded(self, event: object) -> object:
+    def _recorded(self, result: object) -> UsageEvent:
+        event = cast("UsageEvent", result)
         # Read once, as everywhere: another thread may be closing this.
         remote = self._remote
         if remote is not None:
             remote.sender.wake()
+        if self._hooks is not None:
+            self._hooks.used(self.ledger, event)
         return event
 
     def in_transaction(self, connection: Any) -> AbstractContextManager[Books]:
@@ -589,6 +612,15 @@ class Billing:
     async def abalances(self, customer: str, /) -> list[Balance]:
         """`balances`, without blocking the loop."""
         return await asyncio.to_thread(self.balances, customer)
+
+    def accounts(self, meter: str | None = None) -> Iterator[Balance]:
+        """The balances of every customer and meter there is, in the order they were made: for the operator."""
+        self._settle_queue()
+        return self.ledger.accounts(meter)
+
+    def aaccounts(self, meter: str | None = None) -> AsyncIterator[Balance]:
+        """`accounts`, read in a thread."""
+        return _in_thread(lambda: self.accounts(meter))
 
     def usage_events(
         self,
@@ -849,6 +881,8 @@ class Billing:
         remote, self._remote = self._remote, None
         if remote is not None:
             remote.sender.close(DELIVER_AT_CLOSE)
+        if self._hooks is not None:
+            self._hooks.close()
         self._opened = self._owner = None
         if self._given is None:
             ledger.close()

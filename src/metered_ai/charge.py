@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from .context import Cover, Receipt, bill_to, new_scope
 from .core.checks import check_amount, check_name
 from .core.steps import Enlarge, Place, Release, Settle, Settled
-from .errors import ConfigurationError, UsageNotRecordedError
+from .errors import ConfigurationError, InsufficientCreditsError, UsageNotRecordedError
 from .ledger.leases import new_hold_id
 from .settling import End, unrecorded
 
@@ -109,7 +110,8 @@ class Charge:
         """Hold more, then charge `amount`. InsufficientCreditsError leaves everything as it was."""
         self._check_open()
         if check_amount(amount, "amount") > self._held:
-            self._billing._enlarge(self._enlarge(amount))
+            with self._refusals():
+                self._billing._enlarge(self._enlarge(amount))
             self._held = amount
         self._amount = amount
 
@@ -147,7 +149,8 @@ class Charge:
         """`raise_to`, without blocking the loop."""
         self._check_open()
         if check_amount(amount, "amount") > self._held:
-            await self._billing._aenlarge(self._enlarge(amount))
+            with self._refusals():
+                await self._billing._aenlarge(self._enlarge(amount))
             self._held = amount
         self._amount = amount
 
@@ -195,6 +198,15 @@ class Charge:
 
     def _enlarge(self, amount: int) -> Enlarge:
         return Enlarge(self._hold_id, self.customer, self.meter, amount)
+
+    @contextmanager
+    def _refusals(self) -> Generator[None]:
+        try:
+            yield
+        except InsufficientCreditsError as error:
+            if self._billing._hooks is not None:
+                self._billing._hooks.refused(error)
+            raise
 
     def _release(self) -> End:
         return End(Release(self._hold_id, self.customer, self.meter, "error", "no"))

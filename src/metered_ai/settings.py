@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -11,6 +13,7 @@ from .errors import ConfigurationError
 from .records import MAX_AMOUNT
 
 if TYPE_CHECKING:
+    from .hooks import LowBalance, Refusal
     from .services import BillingService
 
 __all__ = ["PolicyOptions", "Settings", "settings"]
@@ -42,6 +45,8 @@ class PolicyOptions(TypedDict, total=False):
     default_max_output_tokens: int
     wait_for_credits: float
     upgrade_url: str | None
+    on_low_balance: Callable[[LowBalance], object] | None
+    on_refused: Callable[[Refusal], object] | None
 
 
 class Settings(BaseModel):
@@ -68,6 +73,15 @@ class Settings(BaseModel):
     default_max_output_tokens: Annotated[int, Field(ge=1, le=MAX_AMOUNT)] = 4096
     wait_for_credits: Seconds = 0.0
     upgrade_url: str | None = None
+    on_low_balance: Callable[..., object] | None = None
+    on_refused: Callable[..., object] | None = None
+
+    @field_validator("on_low_balance", "on_refused")
+    @classmethod
+    def _hook_is_plain(cls, hook: Callable[..., object] | None) -> Callable[..., object] | None:
+        if iscoroutinefunction(hook):
+            raise ValueError("a hook is called on a thread without an event loop and must be a plain function")
+        return hook
 
     @field_validator("service")
     @classmethod

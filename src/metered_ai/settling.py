@@ -20,6 +20,7 @@ from .ledger.spool import Spool
 from .records import UsageEvent
 
 if TYPE_CHECKING:
+    from .hooks import Hooks
     from .ledger import Ledger, Outcomes
 
 __all__ = ["End", "Settler", "unrecorded"]
@@ -78,6 +79,7 @@ class Settler:
         self._spool = spool
         self.after_settle: Callable[[], None] | None = None
         """Told after each settle that the ledger took."""
+        self.hooks: Hooks | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -251,6 +253,8 @@ class Settler:
                 tell(result)
             if self.after_settle is not None:
                 self.after_settle()
+            if self.hooks is not None:
+                self.hooks.settled(self._ledger, result)
 
     def _failed(self, end: End, error: Exception) -> Exception:
         step = end.step

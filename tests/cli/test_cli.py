@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 import metered_ai
-from metered_ai import Balance, Usage, connect
+from metered_ai import Balance, Usage
 from metered_ai.cli import commands, main, show
 from metered_ai.cli.dates import read_date
 from metered_ai.core.steps import Place, Settle
@@ -33,39 +33,11 @@ ADA, GEN = "ada", "generations"
 HOSTILE = "[red]x[/red]\x1b[31m\u202e:smile:\n"
 
 
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    """Where the ledger is: named by the environment, as in an application."""
-    path = tmp_path / "credits.db"
-    monkeypatch.setenv("METERED_AI_BILLING", f"sqlite:///{path}")
-    monkeypatch.chdir(tmp_path)
-    return path
-
-
-@pytest.fixture
-def billing(path):
-    """The application's own billing, beside which the command line works."""
-    with connect(f"sqlite:///{path}", durability="relaxed") as billing:
-        yield billing
-
-
-@pytest.fixture
-def cli(path, capsys):
-    """Runs a command; gives its exit code, what it printed, and what it complained of."""
-
-    def run(*arguments):
-        code = main(arguments)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 def start(*arguments, python=(), **options):
     """A command in a process of its own, as a shell starts it."""
     environment = {**os.environ, "PYTHONPATH": str(Path(metered_ai.__file__).parents[1]), **options.pop("env", {})}
     command = [sys.executable, *python, "-m", "metered_ai.cli", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, env=environment, **{"stderr": subprocess.PIPE, **options})
 
 
 def place(hold_id, **more):
@@ -668,10 +640,10 @@ def test_no_extra(package, monkeypatch, capsys):
 def test_help(cli):
     """Without arguments it explains itself; every command has a help with its JSON keys."""
     code, out, err = cli()
-    names = "demo grant balance events holds recover verify deliver outbox".split()
+    names = "demo grant revoke balance usage events holds recover verify why deliver outbox migrate".split()
 
     assert (0, "") == (code, err)
-    assert [] == [name for name in names if name not in out]
+    assert [] == [name for name in [*names, "serve"] if name not in out]
     assert [] == [name for name in names if "JSON" not in cli(name, "--help")[1]]
 
 

@@ -13,6 +13,8 @@ from openai.types import CreateEmbeddingResponse, ImagesResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ParsedChatCompletion
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
 
 from metered_ai import (
     AlreadyBilledError,
@@ -37,6 +39,8 @@ from metered_ai import (
     per_call,
     per_token,
 )
+from metered_ai.hooks import LowBalance, Refusal
+from metered_ai.web import credits_headers, usage_page
 
 
 class Answer(BaseModel):
@@ -257,3 +261,35 @@ connect("memory://", on_unknow="charge")  # type: ignore[call-arg]  # pyright: i
 connect("memory://", on_unknown="perhaps")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 per_token(input=0.1, output=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 client.billing.charge("ada", "reports")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+# Showing usage.
+
+
+def shown(billing: Billing, refusal: InsufficientCreditsError) -> None:
+    def who_asks(request: HttpRequest) -> str | None:
+        return request.headers.get("x-user")
+
+    async def later(request: HttpRequest) -> str | None:
+        return request.headers.get("x-user")
+
+    async def checkout(customer: str, meter: str) -> str:
+        return f"/checkout/{meter}?for={customer}"
+
+    app = Starlette()
+    app.mount("/usage", usage_page(billing, customer=who_asks))
+    app.mount("/other", usage_page(billing, customer=later, meters={"images": "Pictures"}, upgrade_url=checkout))
+    assert_type(credits_headers(billing.balance("ada", "images")), dict[str, str])
+    assert_type(credits_headers(refusal), dict[str, str])
+
+
+def hooks(low: LowBalance, refusal: Refusal) -> None:
+    assert_type(low.balance.available, int | None)
+    assert_type(refusal.required, int)
+
+
+def tell(low: LowBalance) -> None:
+    print(low.threshold)
+
+
+connect("memory://", on_low_balance=tell, on_refused=lambda refusal: print(refusal.available))

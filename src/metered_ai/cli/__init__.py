@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run `metered-ai` with these arguments, else the program's own, and return its exit code.
 
-    0: done. 1: refused, or a broken invariant was found. 2: used wrongly, or the ledger is not available.
+    0: done. 1: refused, not found, or a broken invariant was found. 2: used wrongly, or the ledger is not available.
     """
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:

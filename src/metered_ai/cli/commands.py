@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -19,8 +19,9 @@ from ..errors import BillingUnavailableError, ConfigurationError
 from ..records import Balance, Hold
 from . import show
 from .dates import read_date
+from .sheet import BALANCES, EVENTS, HOLDS, print_csv
 
-__all__ = ["app"]
+__all__ = ["NotFoundError", "app", "check_filters", "one_format", "opened", "read_dates", "unknown_words"]
 
 PATIENCE = 5.0
 """Seconds to wait for a ledger that somebody else has locked."""
@@ -30,6 +31,10 @@ ROWS = 50
 
 BROKEN_PIPE = 141
 """The exit code of a program whose reader has gone away (128 + SIGPIPE), as shells know it."""
+
+
+class NotFoundError(Exception):
+    """What a command was to work on is not in the ledger: exit 1."""
 
 
 class _Commands(TyperGroup):
@@ -48,11 +53,10 @@ app = typer.Typer(
     name="metered-ai",
     cls=_Commands,
     help="Credits of your customers: give them, look at them, and prove that they add up.\n\n"
-    "Exit codes: 0 done; 1 refused, or a broken invariant was found; 2 used wrongly, or the ledger is not available. "
+    "Exit codes: 0 done; 1 refused, not found, or a broken invariant was found; 2 used wrongly, or the ledger is not available. "
     "Every mistake is one line on stderr. Times are UTC.",
     epilog='Dates: "2026-12-31", "2026-12-31 18:00", ISO 8601, "now", or from now "+30d", "-12h" (s, m, h, d, w).',
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -66,6 +70,7 @@ Ledger = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with the keys named above.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV: the keys of the JSON are its columns.")]
 ForCustomer = Annotated[str | None, typer.Option("--customer", metavar="NAME", help="Only this customer's.")]
 ForMeter = Annotated[str | None, typer.Option("--meter", metavar="NAME", help="Only this meter's.")]
 Since = Annotated[str | None, typer.Option("--since", metavar="DATE", help="From this moment on.")]
@@ -144,6 +149,37 @@ def _amount(text: str) -> int:
     raise ValueError(f"AMOUNT must be a whole number of credits, at least 1, not {text!r}")
 
 
+def check_filters(customer: str | None, meter: str | None) -> None:
+    """Refuse what can name no customer or no meter."""
+    _name(customer, "--customer")
+    _name(meter, "--meter")
+
+
+def read_dates(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
+    """The moments that --since and --until name."""
+    return _date(since, "--since"), _date(until, "--until")
+
+
+def one_format(**asked: bool) -> None:
+    """Refuse two formats at once."""
+    formats = [f"--{name}" for name, is_asked in asked.items() if is_asked]
+    if len(formats) > 1:
+        raise ValueError(f"{' and '.join(formats)} cannot be had together")
+
+
+def unknown_words(billing: Billing, customer: str | None, meter: str | None) -> str:
+    """A sentence, where a list is empty because nobody has heard of the customer or the meter."""
+    if customer is not None:
+        known = {balance.meter for balance in billing.balances(customer)}
+        if not known:
+            return f"{show.shown(customer)} has no account."
+        if meter is not None and meter not in known:
+            return f"{show.shown(customer)} has no account on {show.shown(meter)}."
+    elif meter is not None and next(iter(billing.accounts(meter)), None) is None:
+        return f"No customer has an account on {show.shown(meter)}."
+    return ""
+
+
 def _rows(limit: int | None) -> int | None:
     return ROWS if limit is None else limit or None
 
@@ -200,6 +236,41 @@ def grant(
 
 
 @app.command()
+def revoke(
+    customer: Annotated[str, typer.Argument(help="Who got the credits.")],
+    meter: Annotated[str, typer.Argument(help="On which meter.")],
+    grant_id: Annotated[str, typer.Option("--id", help="What the grant is called.")],
+    ledger: Ledger = None,
+    json: Json = False,
+) -> None:
+    """
+    Take a grant back: what is unspent is gone, what was spent becomes debt.
+
+    A second time nothing more is taken. A grant that was never made is refused (exit 1). To refund a charge, grant its credits.
+
+    JSON: customer, meter, id, amount, created_at, expires_at, spent, expired, revoked, is_repeat.
+    """
+    check_name(customer, "CUSTOMER")
+    check_name(meter, "METER")
+    check_name(grant_id, "--id", 255)
+    with opened(ledger) as billing:
+        before = next((given for given in billing.grants(customer, meter) if given.id == grant_id), None)
+        if before is None:
+            unknown = unknown_words(billing, customer, meter)
+            raise NotFoundError(f"no grant of {customer!r} on {meter!r} has the id {grant_id!r}. {unknown}".strip())
+        given = billing.revoke(customer, meter, grant_id)
+        balance = billing.balance(customer, meter)
+
+    is_repeat = before.revoked == given.revoked and given.revoked > 0
+    if json:
+        show.print_json({**show.plain(given), "is_repeat": is_repeat})
+        return
+    out = show.console()
+    out.print(show.revoke_words(given, is_repeat=is_repeat))
+    out.print(show.balance_bars([balance], is_wide=out.width >= 80))
+
+
+@app.command()
 def balance(
     customer: Annotated[str, typer.Argument(help="Whose credits.")],
     meter: Annotated[
@@ -207,16 +278,18 @@ def balance(
     ] = None,
     ledger: Ledger = None,
     json: Json = False,
+    csv: Csv = False,
 ) -> None:
     """
     Show a customer's credits as bars: yellow over 75 % used, red over 90 %.
 
     A customer nobody has heard of has no account, and 0 credits.
 
-    JSON, a list by meter: customer, meter, limit, used, held, available, debt, unlimited_used, is_estimate, percent_used, level
+    JSON and CSV, by meter: customer, meter, limit, used, held, available, debt, unlimited_used, is_estimate, percent_used, level
     (ok, high, critical, exhausted, unlimited), show_upgrade, is_exhausted, has_account. limit, available and percent_used are null when
     unlimited.
     """
+    one_format(json=json, csv=csv)
     check_name(customer, "CUSTOMER")
     _name(meter, "METER")
     with opened(ledger) as billing:
@@ -224,8 +297,12 @@ def balance(
         wanted = [found for found in known if meter in (None, found.meter)]
         found = wanted if wanted or meter is None else [billing.balance(customer, meter)]
 
-    if json:
-        show.print_json_list(_balance_keys(each, has_account=bool(wanted)) for each in found)
+    if json or csv:
+        keys = (_balance_keys(each, has_account=bool(wanted)) for each in found)
+        if json:
+            show.print_json_list(keys)
+        else:
+            print_csv(BALANCES, keys)
         return
     out = show.console()
     if not wanted:
@@ -256,35 +333,46 @@ def events(
     limit: Limit = None,
     ledger: Ledger = None,
     json: Json = False,
+    csv: Csv = False,
 ) -> None:
     """
     List usage events: what was charged, for what. The newest come last.
 
-    JSON, a list: customer, meter, transaction_id, amount, created_at, basis (reported, observed, estimated, held), kind (call, charge,
+    JSON and CSV: customer, meter, transaction_id, amount, created_at, basis (reported, observed, estimated, held), kind (call, charge,
     record, expired, correction), hold_id, usage, request_id, attempts, properties, price_slug, parent, is_unlimited, is_late, reference,
     delivered. usage is null or an object: model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
-    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters. Without --limit the list goes by customer and meter.
+    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters, in CSV as columns usage_model and so on. Without --limit
+    they go by customer and meter.
     """
-    _name(customer, "--customer")
-    _name(meter, "--meter")
-    first, end = _date(since, "--since"), _date(until, "--until")
+    one_format(json=json, csv=csv)
+    check_filters(customer, meter)
+    first, end = read_dates(since, until)
     with opened(ledger) as billing:
         found = billing.usage_events(customer, meter, since=first, until=end)
-        if json and not limit:
-            show.print_json_list(found)
+        if (json or csv) and not limit:
+            _print_list(EVENTS, found, csv=csv)
             return
-        rows, total = show.latest(found, _rows(limit), lambda event: event.created_at)
+        with show.busy("Looking for the newest…"):
+            rows, total = show.latest(found, _rows(limit), lambda event: event.created_at)
+        unknown = "" if rows else unknown_words(billing, customer, meter)
 
-    if json:
-        show.print_json_list(rows)
+    if json or csv:
+        _print_list(EVENTS, rows, csv=csv)
         return
     out = show.console()
     if not rows:
-        out.print("No usage events.")
+        out.print(f"No usage events. {unknown}".strip())
         return
     out.print(show.event_table(rows, customer=customer, meter=meter))
     if len(rows) < total:
         out.print(f"The newest {len(rows):,} of {show.count(total, 'usage event')}; --limit 0 shows all.")
+
+
+def _print_list(columns: list[str], rows: Iterable[object], *, csv: bool) -> None:
+    if csv:
+        print_csv(columns, rows)
+    else:
+        show.print_json_list(rows)
 
 
 @app.command()
@@ -297,6 +385,7 @@ def holds(
     limit: Limit = None,
     ledger: Ledger = None,
     json: Json = False,
+    csv: Csv = False,
 ) -> None:
     """
     List holds: calls in flight, and calls that ended without being charged. The newest come last.
@@ -304,13 +393,13 @@ def holds(
     "In doubt" are calls whose answer nobody got although the provider may have worked: they may have cost you. --since and --until look at
     when a hold was placed.
 
-    JSON, a list: id, customer, meter, amount, state (open, released, expired, charged), placed_at, expires_at, ended_at, reason, sent (yes,
-    no, unknown), transaction_id, endpoint, model, parent, is_unlimited, is_repeat, is_in_doubt. Without --limit the list goes by customer
+    JSON and CSV: id, customer, meter, amount, state (open, released, expired, charged), placed_at, expires_at, ended_at, reason, sent (yes,
+    no, unknown), transaction_id, endpoint, model, parent, is_unlimited, is_repeat, is_in_doubt. Without --limit they go by customer
     and meter.
     """
-    _name(customer, "--customer")
-    _name(meter, "--meter")
-    first, end = _date(since, "--since"), _date(until, "--until")
+    one_format(json=json, csv=csv)
+    check_filters(customer, meter)
+    first, end = read_dates(since, until)
     with opened(ledger) as billing:
         every = billing.holds(customer, meter, state=None if state is None else state.value)
         found = (
@@ -318,17 +407,19 @@ def holds(
             for hold in every
             if (first is None or hold.placed_at >= first) and (end is None or hold.placed_at < end)
         )
-        if json and not limit:
-            show.print_json_list(_hold_keys(hold) for hold in found)
+        if (json or csv) and not limit:
+            _print_list(HOLDS, (_hold_keys(hold) for hold in found), csv=csv)
             return
-        rows, total = show.latest(found, _rows(limit), lambda hold: hold.placed_at)
+        with show.busy("Looking for the newest…"):
+            rows, total = show.latest(found, _rows(limit), lambda hold: hold.placed_at)
+        unknown = "" if rows else unknown_words(billing, customer, meter)
 
-    if json:
-        show.print_json_list(_hold_keys(hold) for hold in rows)
+    if json or csv:
+        _print_list(HOLDS, (_hold_keys(hold) for hold in rows), csv=csv)
         return
     out = show.console()
     if not rows:
-        out.print("No holds.")
+        out.print(f"No holds. {unknown}".strip())
         return
     out.print(show.hold_table(rows, customer=customer, meter=meter))
     if len(rows) < total:
@@ -350,7 +441,7 @@ def recover(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: released, charged, in_doubt (calls), charged_amount, replayed, parked, still_open.
     """
-    with opened(ledger) as billing:
+    with opened(ledger) as billing, show.busy("Resolving what was left behind…"):
         found = billing.recover()
         still_open = sum(1 for _ in billing.holds(state="open"))
 
@@ -370,7 +461,7 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: is_sound, accounts, events, grants, open_holds, in_doubt (calls), in_doubt_amount, debt, broken (sentences).
     """
-    with opened(ledger) as billing:
+    with opened(ledger) as billing, show.busy("Adding everything up again…"):
         found = billing.verify()
 
     if json:
@@ -382,55 +473,7 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
     return 0 if found.is_sound else 1
 
 
-@app.command()
-def migrate(
-    sql: Annotated[bool, typer.Option("--sql", help="Print the statements instead, for tools of your own.")] = False,
-    since: Annotated[
-        int,
-        typer.Option(
-            "--since", min=0, metavar="N", help="With --sql: the version that the schema has; 0 if there is none."
-        ),
-    ] = 0,
-    role: Annotated[
-        str | None,
-        typer.Option("--role", metavar="NAME", help="With --sql: also what this role of an application needs."),
-    ] = None,
-    ledger: Ledger = None,
-    json: Json = False,
-) -> None:
-    """
-    Bring a PostgreSQL ledger's schema to this release's version. Processes that run the release before go on working.
+# These have commands, too, and stand behind those above in --help.
+from . import migration, outbox, serving, story, usage  # noqa: E402
 
-    With --sql nothing is connected to: the statements are printed, for psql or a migration tool, as one transaction.
-
-    JSON: is_changed.
-    """
-    url = billing_url(ledger)
-    if not url.startswith("postgresql:"):
-        raise ConfigurationError("only a PostgreSQL ledger is migrated by hand; a SQLite file is when it is opened")
-    if sql:
-        from ..ledger.postgres.address import Address
-        from ..ledger.postgres.dialect import check_schema
-        from ..ledger.postgres.schema import migration_sql, role_sql
-
-        schema = check_schema(Address.of(url).schema)
-        print(migration_sql(schema, since), end="")
-        if role is not None:
-            print(role_sql(schema, role), end="")
-        return
-    if since or role is not None:
-        raise ConfigurationError("--since and --role go with --sql")
-    from ..ledger.postgres import PostgresLedger
-
-    with closing(PostgresLedger(url, hold_patience=PATIENCE, settle_patience=PATIENCE)) as found:
-        is_changed = found.migrate()
-    if json:
-        show.print_json({"is_changed": is_changed})
-    else:
-        show.console().print(
-            "The schema was brought to this release's version." if is_changed else "Nothing was to be done."
-        )
-# At the end, because their modules use what is above.
-from . import outbox  # noqa: E402
-
-_MORE = (outbox,)
+_MORE = (usage, story, migration, outbox, serving)

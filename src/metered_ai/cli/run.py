@@ -10,7 +10,7 @@ from io import TextIOWrapper
 import typer
 
 from ..errors import GrantConflictError, InsufficientCreditsError, MeteringError
-from .commands import app
+from .commands import NotFoundError, app
 from .show import shown
 
 __all__ = ["run"]
@@ -36,7 +36,7 @@ def _run(arguments: Sequence[str]) -> int:
         code = app(list(arguments) or ["--help"], prog_name="metered-ai", standalone_mode=False)
     except typer.TyperException as error:
         return _complain(error.format_message(), USAGE)
-    except (GrantConflictError, InsufficientCreditsError) as error:
+    except (GrantConflictError, InsufficientCreditsError, NotFoundError) as error:
         return _complain(str(error), REFUSED)
     except (MeteringError, ValueError, OSError) as error:
         return _complain(str(error), USAGE)

@@ -6,12 +6,14 @@ import heapq
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +22,7 @@ from ..records import Balance, Grant, Hold, UsageEvent
 
 __all__ = [
     "balance_bars",
+    "busy",
     "console",
     "count",
     "event_table",
@@ -31,7 +34,9 @@ __all__ = [
     "print_json",
     "print_json_list",
     "recovery_words",
+    "revoke_words",
     "shown",
+    "speaks_unicode",
     "verification_words",
 ]
 
@@ -47,6 +52,19 @@ def console() -> Console:
     """Where to print: colours only on a terminal and without NO_COLOR; no markup, no emoji codes, nothing guessed."""
     is_piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
     return Console(file=sys.stdout, markup=False, emoji=False, highlight=False, width=PIPED_WIDTH if is_piped else None)
+
+
+@contextmanager
+def busy(words: str) -> Generator[None]:
+    """Says on a terminal's stderr that something may take long, and for how long it has."""
+    err = Console(file=sys.stderr, markup=False, emoji=False, highlight=False)
+    if not err.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        progress.add_task(words, total=None)
+        yield
 
 
 def shown(text: str) -> str:
@@ -107,7 +125,7 @@ def _bar(balance: Balance, width: int) -> Text:
     if balance.limit is None:
         return Text("unlimited", style=_COLOURS["unlimited"])
 
-    used, held, free = ("█", "▓", "░") if _speaks_unicode() else ("#", "+", "-")
+    used, held, free = ("█", "▓", "░") if speaks_unicode() else ("#", "+", "-")
     if balance.limit <= 0:
         filled = taken = width
     else:
@@ -122,7 +140,7 @@ def _bar(balance: Balance, width: int) -> Text:
     )
 
 
-def _speaks_unicode() -> bool:
+def speaks_unicode() -> bool:
     return (sys.stdout.encoding or "ascii").lower().replace("-", "").startswith("utf")
 
 
@@ -228,6 +246,14 @@ def grant_words(grant: Grant, *, is_repeat: bool) -> str:
     if is_repeat:
         return f"Granted before, at {moment(grant.created_at)} UTC, and nothing changed: {what}."
     return f"Granted {what}."
+
+
+def revoke_words(grant: Grant, *, is_repeat: bool) -> str:
+    """What taking a grant back did."""
+    what = f"grant {shown(grant.id)} of {shown(grant.customer)} on {shown(grant.meter)}"
+    if is_repeat:
+        return f"Taken back before, and nothing changed: {what}."
+    return f"Took back {what}: {count(grant.revoked, 'credit')} of {grant.amount:,}."
 
 
 def recovery_words(found: Recovery, still_open: int) -> list[str]:

@@ -57,6 +57,10 @@ class Ledger(Protocol):
         """The balances of all meters the customer has an account on, by meter."""
         ...
 
+    def accounts(self, meter: str | None = None) -> Iterator[Balance]:
+        """The balances of every account, in the order they were made. Read in pages: no long transaction."""
+        ...
+
     def usage_events(
         self,
         customer: str | None = None,

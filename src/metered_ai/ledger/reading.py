@@ -57,6 +57,11 @@ class Reading(ABC):
         check_name(customer, "customer")
         return [self._balance(row) for row in self._accounts(customer, None)]
 
+    def accounts(self, meter: str | None = None) -> Iterator[Balance]:
+        """The balances of every account, in the order they were made. Read in pages."""
+        _check_filters(None, meter)
+        return (self._balance(row) for row in self._accounts(None, meter))
+
     def usage_events(
         self,
         customer: str | None = None,

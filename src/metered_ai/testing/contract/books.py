@@ -58,6 +58,19 @@ class Listing(Contract):
         assert {"ada-images", "bob-images"} == found(meter="images")
         assert {"bob-calls"} == found(customer="bob", meter="calls")
 
+    def test_list_accounts(self, ledger: Ledger) -> None:
+        """Every account there is is listed with its balance, one that was only made unlimited as well; one meter's can be asked for."""
+        set_unlimited(ledger)
+        grant(ledger, 3, customer="bob")
+        record(ledger, "rec", 1, "ada", "images")
+
+        assert [ledger.balance(each.customer, each.meter) for each in ledger.accounts()] == list(ledger.accounts())
+        assert [("ada", "calls"), ("bob", "calls"), ("ada", "images")] == [
+            (each.customer, each.meter) for each in ledger.accounts()
+        ]
+        assert ["ada"] == [each.customer for each in ledger.accounts("images")]
+        assert [] == list(ledger.accounts("reports"))
+
     def test_list_times(self, ledger: Ledger, clock: Clock) -> None:
         """`since` is inclusive, `until` exclusive, to the microsecond and in any time zone."""
         times: list[datetime] = []
