@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from .charge import Charge
-    from .core.call import Policies
+    from .context import Receipt
+    from .core.call import Plan, Policies
     from .core.steps import Place, Renew, Step
     from .ledger import Ledger, Recovery, Verification
     from .records import Balance, Grant, Hold, UsageEvent, UsageSum
     from .settings import PolicyOptions, Settings
     from .settling import End, Settler
+    from .taps import LiveCall
 
 __all__ = ["Billing", "connect"]
 
@@ -94,6 +96,9 @@ class Billing:
         self._url = billing_url(ledger) if isinstance(ledger, str) else None
         self._given = None if isinstance(ledger, str) else ledger
         self._policies: Policies | None = None
+        self._around: list[Callable[[Ledger], Ledger]] = []
+        self._call_kind: Callable[[Billing, Plan, tuple[Receipt, ...]], LiveCall] | None = None
+        """What a metered call is, where it is to be traced; None: a plain `LiveCall`."""
         self._is_closed = False
         self._reset()
         _alive.add(self)
@@ -155,6 +160,15 @@ class Billing:
                 self._own(self._opened[1])
             return self._opened
 
+    def _observe(self, around: Callable[[Ledger], Ledger]) -> None:
+        """Put around the ledger what sees every step of it, whether it is open yet or not: telemetry. Without, nothing is there."""
+        with self._lock:
+            self._around.append(around)
+            if self._opened is not None:
+                ledger, settler = self._opened
+                ledger = settler._ledger = around(ledger)
+                self._opened = ledger, settler
+
     def _closed_error(self) -> BillingUnavailableError:
         return BillingUnavailableError(
             f"the billing on {self._url or 'the given ledger'} is closed; connect() makes a new one"
@@ -167,6 +181,8 @@ class Billing:
         keeps = self.settings
         state = state_folder()
         ledger, place = self._make_ledger()
+        for around in self._around:
+            ledger = around(ledger)
         if keeps.spool is not None:
             place = place_in(Path(keeps.spool), place)
         elif self._url is None or self._url == "memory://":
