@@ -18,7 +18,14 @@ from metered_ai import (
     UsageNotRecordedError,
     connect,
 )
-from metered_ai.integrations.refusals import Refusal, acredits_left, credits_left, operation_of, refusal_of
+from metered_ai.integrations.refusals import (
+    Refusal,
+    acredits_left,
+    credits_left,
+    operation_of,
+    refusal_behind,
+    refusal_of,
+)
 
 
 def poor(**fields):
@@ -60,6 +67,36 @@ def test_others(error, status, name, is_logged, caplog):
     text = json.dumps(refusal.body)
     assert [] == [secret for secret in ("ada", "credits.db", "prompt", "gen_1") if secret in text]
     assert ([str(error)] if is_logged else []) == [record.args[0].args[0] for record in caplog.records]
+
+
+def test_behind():
+    """A refusal is found behind the errors of others, however they were raised; nothing is found behind a plain one."""
+
+    def wrapped(raise_again):
+        try:
+            try:
+                raise poor()
+            except InsufficientCreditsError as error:
+                raise_again(error)
+        except BaseException as error:
+            return error
+
+    def from_it(error):
+        raise KeyError from error
+
+    def in_its_stead(error):
+        raise KeyError
+
+    def in_a_group(error):
+        raise BaseExceptionGroup("several", [KeyError(), error]) from None
+
+    found = [refusal_behind(wrapped(way)) for way in (from_it, in_its_stead, in_a_group)]
+    loop = KeyError()
+    loop.__context__ = OSError()
+    loop.__context__.__cause__ = loop
+
+    assert [InsufficientCreditsError] * 3 == [type(error) for error in found]
+    assert [None, None] == [refusal_behind(KeyError()), refusal_behind(loop)]
 
 
 @pytest.mark.parametrize("request_id", ["a", "4bf92f35-77b3", "x" * 200])

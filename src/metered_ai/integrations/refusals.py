@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from ..billing import Billing
     from ..records import Balance
 
-__all__ = ["CREDITS_HEADER", "REQUEST_ID_HEADER", "Refusal", "credits_left", "operation_of", "refusal_of"]
+__all__ = [
+    "CREDITS_HEADER",
+    "REQUEST_ID_HEADER",
+    "Refusal",
+    "acredits_left",
+    "credits_left",
+    "operation_of",
+    "refusal_behind",
+    "refusal_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +73,28 @@ def refusal_of(error: MeteringError) -> Refusal:
         _log.error("a call was refused: %s", error)
         body = _body("billing_error", "Something is wrong on our side.")
     return Refusal(error.http_status, body, headers)
+
+
+def refusal_behind(error: BaseException) -> MeteringError | None:
+    """
+    The error of ours that a framework has wrapped into one of its own (LiteLLM, instructor), or None.
+
+    Looks along `__cause__` and `__context__`, and into groups of exceptions. For handlers of the framework's errors, whose cause you know;
+    do not ask it of every exception: one that was raised while a refusal was handled is no refusal.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, MeteringError):
+            return found
+        seen.add(id(found))
+        waiting += [found.__context__, found.__cause__]
+        if isinstance(found, BaseExceptionGroup):
+            waiting += found.exceptions
+    return None
 
 
 def operation_of(request_id: str | None) -> str | Refusal:
