@@ -90,6 +90,7 @@ chaos: $(new)
 
 docs: $(call stamp,docs)
 	.venv/docs/bin/python docs/promises.py
+	.venv/docs/bin/python docs/reference.py
 	.venv/docs/bin/zensical build --clean
 
 cassettes: $(new)

@@ -148,7 +148,7 @@ class _Response:
             await self._send(self._end)
 
     async def refuse(self, refusal: Refusal) -> None:
-        body = json.dumps(refusal.body).encode()
+        body = json.dumps(refusal.body, separators=(",", ":")).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
         self._end = None
         self._start = {

@@ -27,7 +27,11 @@ __all__ = ["BillingMiddleware", "add_refusals", "answer_refusal"]
 
 
 class BillingMiddleware(_AnyBillingMiddleware):
-    __doc__ = (_AnyBillingMiddleware.__doc__ or "").replace("with its scope,", "with its `HTTPConnection`,")
+    """
+    As `metered_ai.integrations.asgi.BillingMiddleware`; `customer` is asked with an `HTTPConnection` instead of a scope.
+
+    The same goes for a `requires_request_id` that is a function. The receipt is `request.state.bill`.
+    """
 
     def _asked(self, scope: Scope) -> Any:
         return HTTPConnection(scope)
