@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
@@ -17,6 +16,7 @@ import pytest
 
 import metered_ai
 from metered_ai import prices
+from metered_ai.cli import main
 from metered_ai.testing.provider import FakeProvider
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -79,38 +79,35 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL
 
 
 @pytest.fixture
-def follower(tmp_path):
+def follower(tmp_path, monkeypatch, capsys):
     """A folder with the tutorial's application, served, and a way to do what its shell lines say."""
     shop, pricing, test = (block for language, block in BLOCKS if language == "python")
     (tmp_path / "shop.py").write_text(shop, "utf-8")
     (tmp_path / "test_shop.py").write_text(test, "utf-8")
-    (tmp_path / "pricing.py").write_text(pricing, "utf-8")
     # So that the fixture is found whether or not the library is installed with its entry point.
     (tmp_path / "conftest.py").write_text("from _metered_ai_pytest import metered\n", "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with FakeProvider() as provider:
-        yield Follower(tmp_path, port, provider)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(Path(metered_ai.__file__).parents[1]))
+        monkeypatch.setenv("OPENAI_API_KEY", "test")
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.base_url)
+        exec(pricing, {})
+        yield Follower(tmp_path, port, provider, capsys)
 
 
 class Follower:
-    def __init__(self, folder, port, provider):
+    def __init__(self, folder, port, provider, capsys):
         self.folder = folder
         self.port = port
         self.provider = provider
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(metered_ai.__file__).parents[1]),
-            "OPENAI_API_KEY": "test",
-            "OPENAI_BASE_URL": provider.base_url,
-        }
+        self.capsys = capsys
         self.servers = []
 
     def run(self, *arguments):
         done = subprocess.run(
             [sys.executable, *arguments],
-            cwd=self.folder,
-            env=self.environment,
             capture_output=True,
             text=True,
             timeout=60,
@@ -128,7 +125,7 @@ class Follower:
             case ["uvicorn", app]:
                 self.serve(app)
             case ["metered-ai", *arguments]:
-                self.run("-m", "metered_ai.cli", *arguments)
+                assert (0, "") == (main(arguments), self.capsys.readouterr().err)
             case ["pytest", *arguments]:
                 self.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
             case ["curl", "-X", method, "-H", header, url]:
@@ -142,8 +139,6 @@ class Follower:
     def serve(self, app):
         server = subprocess.Popen(
             [sys.executable, "-m", "uvicorn", app, "--port", str(self.port), "--log-level", "warning"],
-            cwd=self.folder,
-            env=self.environment,
         )
         self.servers.append(server)
         until = time.monotonic() + 30
@@ -174,7 +169,6 @@ def test_tutorial(follower):
                 said += block.splitlines()
             else:
                 assert "python" == language
-        follower.run("pricing.py")
     finally:
         follower.stop()
 
