@@ -2,7 +2,7 @@
 Billing for Starlette: `BillingMiddleware`, whose `customer` is asked with an `HTTPConnection`, and answers for refusals.
 
 ```python
-app.add_middleware(BillingMiddleware, customer=lambda connection: connection.session.get("user"), billing=client.billing)
+app.add_middleware(BillingMiddleware, customer=lambda connection: connection.session.get("user"))
 ```
 
 An application that says in other ways who pays answers refusals with `add_refusals(app)`.
