@@ -2,12 +2,13 @@
 #
 #   make demo       the main job, for real, in a terminal
 #   make test       lint, types, the suite; the client tests also on the oldest SDK and on other Pythons found here
+#   make test-frameworks  the agents and chains, each in an environment of its own
 #   make bench      the figures        make chaos   the suite with its long forms
 #   make docs       the pages, in site/
 #   make cassettes  record the HTTP recordings again
 #   make screenshots  take the pictures in docs/ again; needs Chromium
 
-.PHONY: test suite compat on-oldest on-3.12 on-3.13 lint types demo bench chaos docs cassettes screenshots clean
+.PHONY: test suite compat on-oldest on-3.12 on-3.13 test-frameworks lint types demo bench chaos docs cassettes screenshots clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -21,8 +22,8 @@ first = $(shell for p in $(1); do "$$p" -c 'import sys; v = sys.version_info[:2]
 PYTHON := $(call first,python3.11 python3.12 python3.13 python3 python,v >= (3, 11))
 other = $(call first,python3.$(1) "$$(uv python find 3.$(1) 2>/dev/null)" "$$(pyenv root 2>/dev/null)"/versions/3.$(1).*/bin/python3.$(1),v == (3, $(1)))
 
-# An environment is made anew when pyproject.toml or the interpreter changes, whatever the clock says.
-key := $(firstword $(shell { cat pyproject.toml; echo '$(PYTHON)'; } | cksum))
+# An environment is made anew when pyproject.toml, a framework's release or the interpreter changes, whatever the clock says.
+key := $(firstword $(shell { cat pyproject.toml tests/frameworks/requirements/*.txt; echo '$(PYTHON)'; } | cksum))
 stamp = .venv/$(1)/made-$(key)
 
 # $(call environment,INTERPRETER,REQUIREMENTS): pip runs from outside, so that an interpreter without ensurepip will do.
@@ -42,9 +43,12 @@ new := $(call stamp,new)
 pytest := -m pytest -n 2
 # What depends on the SDK: the clients, and the provider that their tests stand on.
 sdk_tests := tests/client tests/test_provider.py
+# The agents and chains that take our clients. Two of them, one for each major release of the SDK that they pin, are enough for every day.
+frameworks := $(basename $(notdir $(wildcard tests/frameworks/requirements/*.txt)))
+two_frameworks := llama-index pydantic-ai
 
 # The suite comes last: its closing lines are the ones that count.
-test: lint types compat suite
+test: lint types compat $(two_frameworks:%=with-%) suite
 
 suite: $(new)
 	.venv/new/bin/python $(pytest)
@@ -70,6 +74,12 @@ on-3.12 on-3.13: on-3.%:
 		echo ".venv/3.$*/bin/python $(pytest) $(sdk_tests)" && .venv/3.$*/bin/python $(pytest) $(sdk_tests); \
 	fi
 
+test-frameworks: $(frameworks:%=with-%)
+
+.PHONY: $(frameworks:%=with-%)
+$(frameworks:%=with-%): with-%: $(call stamp,%)
+	.venv/$*/bin/python -m pytest tests/frameworks
+
 demo: $(call stamp,demo)
 	@.venv/demo/bin/metered-ai demo
 
@@ -81,6 +91,7 @@ chaos: $(new)
 
 docs: $(call stamp,docs)
 	.venv/docs/bin/python docs/promises.py
+	.venv/docs/bin/python docs/reference.py
 	.venv/docs/bin/zensical build --clean
 
 cassettes: $(new)
@@ -100,6 +111,9 @@ $(call stamp,oldest):
 
 $(call stamp,3.%):
 	$(call environment,$(found),-e '.[test]')
+
+$(foreach name,$(frameworks),$(call stamp,$(name))): $(call stamp,%):
+	$(call environment,$(PYTHON),-e '.[test]' -r tests/frameworks/requirements/$*.txt)
 
 $(call stamp,demo):
 	$(call environment,$(PYTHON),-e '.[demo]')

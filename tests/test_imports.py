@@ -24,7 +24,7 @@ LAYERS = [
     ["taps"],
     ["client"],
     ["metered_ai"],
-    ["cli", "web", "testing"],
+    ["cli", "integrations", "web", "testing"],
 ]
 """A module imports from its own line or from those above it."""
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from .charge import Charge
-    from .core.call import Policies
+    from .context import Receipt
+    from .core.call import Plan, Policies
     from .core.steps import Enlarge, Place, Renew, Step
     from .hooks import Hooks
     from .ledger import Ledger, Recovery, ServiceLedger, Verification
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .services.remote import Remote
     from .settings import PolicyOptions, Settings
     from .settling import End, Settler
+    from .taps import LiveCall
 
 __all__ = ["Billing", "connect"]
 
@@ -147,6 +149,9 @@ class Billing:
                 "a flowglad:// URL names the service already; give service= with the ledger's own URL"
             )
         self._policies: Policies | None = None
+        self._around: list[Callable[[Ledger], Ledger]] = []
+        self._call_kind: Callable[[Billing, Plan, tuple[Receipt, ...]], LiveCall] | None = None
+        """What a metered call is, where it is to be traced; None: a plain `LiveCall`."""
         self._is_closed = False
         self._hooks: Hooks | None = None
         if self.settings.on_low_balance is not None or self.settings.on_refused is not None:
@@ -222,6 +227,15 @@ class Billing:
                 self._own(self._opened[1])
             return self._opened
 
+    def _observe(self, around: Callable[[Ledger], Ledger]) -> None:
+        """Put around the ledger what sees every step of it, whether it is open yet or not: telemetry. Without, nothing is there."""
+        with self._lock:
+            self._around.append(around)
+            if self._opened is not None:
+                ledger, settler = self._opened
+                ledger = settler._ledger = around(ledger)
+                self._opened = ledger, settler
+
     def _closed_error(self) -> BillingUnavailableError:
         return BillingUnavailableError(
             f"the billing on {self._where or 'the given ledger'} is closed; connect() makes a new one"
@@ -235,6 +249,8 @@ class Billing:
         state = state_folder()
         ledger, place = self._make_ledger()
         self._remote = self._make_remote(ledger)
+        for around in self._around:
+            ledger = around(ledger)
         if keeps.spool is not None:
             place = place_in(Path(keeps.spool), place)
         elif self._url is None or not ledger_url(self._url).startswith("sqlite:"):

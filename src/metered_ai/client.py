@@ -142,7 +142,7 @@ class _Metering:
             self.meter,
             reads_raw=stream and isinstance(options.headers, Mapping) and options.headers.get(_RAW) == "stream",
         )
-        return live_call(billing, planned, receipts)
+        return (billing._call_kind or live_call)(billing, planned, receipts)
 
     def _pass(self, door: Door | None, options: Any) -> None:
         """A call that is not metered: let it go if it is free."""

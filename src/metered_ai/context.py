@@ -57,6 +57,24 @@ class Receipt:
     def __repr__(self) -> str:
         return f"<Receipt {self.amounts}>"
 
+    def _repr_html_(self) -> str:
+        """The receipt as notebooks show it."""
+        from html import escape
+
+        if not self._events:
+            return "<p>Charged: nothing</p>"
+        rows = "".join(
+            f"<tr><td>{escape(event.transaction_id)}</td><td>{escape(event.meter)}</td><td>{event.amount}</td></tr>"
+            for event in self.events
+        )
+        sums = "".join(
+            f"<tr><th>sum</th><th>{escape(meter)}</th><th>{amount}</th></tr>" for meter, amount in self.amounts.items()
+        )
+        return (
+            "<table><thead><tr><th>transaction</th><th>meter</th><th>credits</th></tr></thead>"
+            f"<tbody>{rows}</tbody><tfoot>{sums}</tfoot></table>"
+        )
+
     def _settled(self, settled: Settled) -> None:
         if settled.outcome in ("settled", "late", "corrected"):
             self._events.append(settled.event)

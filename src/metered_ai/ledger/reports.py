@@ -33,6 +33,7 @@ class Recovery:
 
     @property
     def resolved(self) -> int:
+        """Holds that are no longer open because of it."""
         return self.released + self.charged
 
 
@@ -51,4 +52,5 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
+        """True when nothing is broken."""
         return not self.broken
