@@ -20,6 +20,7 @@ LAYERS = [
     ["context", "hooks", "ledger", "prices", "services", "settings"],
     ["settling"],
     ["charge"],
+    ["urls"],
     ["billing"],
     ["taps"],
     ["client"],

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -14,13 +13,12 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from .errors import BillingUnavailableError, ConfigurationError, InsufficientCreditsError
+from .urls import billing_url, ledger_url, make_ledger, make_service, place_of, shown_url
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from .ledger import Ledger, Recovery, ServiceLedger, Verification
     from .ledger.postgres.joined import Books
     from .records import Balance, Deliveries, Grant, Hold, OutboxSummary, Undelivered, UsageEvent, UsageSum
-    from .services import BillingService
     from .services.remote import Remote
     from .settings import PolicyOptions, Settings
     from .settling import End, Settler
@@ -47,66 +44,8 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-DEFAULT_URL = "sqlite:///metered_ai.db"
-
 DELIVER_AT_CLOSE = 5.0
 """Seconds that `close` tries to tell a remote service what it does not have yet."""
-
-
-def billing_url(url: str | None = None) -> str:
-    """`url`, else METERED_AI_BILLING, else a SQLite file in this folder; with the absolute path, so that a later chdir changes nothing."""
-    given = url if url is not None else os.environ.get("METERED_AI_BILLING") or DEFAULT_URL
-    if not isinstance(given, str):
-        raise ConfigurationError(f"a billing URL is a str such as {DEFAULT_URL!r}, not {given!r}")
-    scheme, separator, rest = given.partition("://")
-    if separator and scheme == "memory":
-        if rest:
-            raise ConfigurationError(f"memory:// takes no path, but got {given!r}")
-        return "memory://"
-    if separator and scheme == "sqlite":
-        if not rest.startswith("/") or len(rest) < 2 or "?" in rest or "#" in rest:
-            raise ConfigurationError(
-                f"a SQLite ledger is sqlite:///file.db or sqlite:////folder/file.db, not {given!r}"
-            )
-        return f"sqlite:///{Path(unquote(rest[1:])).resolve()}"
-    if separator and scheme == "flowglad":
-        return _flowglad_url(rest)
-    if separator and scheme in ("postgresql", "postgres"):
-        return f"postgresql://{rest}"
-    shown = f"{scheme}://…" if separator else given
-    raise ConfigurationError(
-        f"cannot bill through {shown!r}; known are sqlite:///file.db, postgresql://host/database, flowglad:// and memory://"
-    )
-
-
-def _shown(url: str) -> str:
-    """A URL for messages: where the ledger is, and nothing that could be a password."""
-    if not url.startswith("postgresql:"):
-        return url
-    # One with a stray character in its password could be cut in the middle of that; so all of it or nothing.
-    parts = re.fullmatch(r"postgresql://(?:[^@/?#]*@)?([^@/?#]*(?:/[^@/?#:=]*)?)(?:\?[^@]*)?", url)
-    return f"postgresql://{parts[1]}" if parts else "postgresql://…"
-
-
-def _flowglad_url(rest: str) -> str:
-    """`?ledger=…` and options of `Flowglad`, with the ledger's absolute path. Nothing of it is shown in errors: it may hold a key."""
-    path, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if {"secret_key", "key", "api_key"} & set(options) or "@" in path:
-        raise ConfigurationError(
-            "Flowglad's key is never part of a URL, where logs would show it; set FLOWGLAD_SECRET_KEY"
-        )
-    if path.strip("/"):
-        raise ConfigurationError("Flowglad is flowglad://?ledger=sqlite:///file.db; its address is the option base_url")
-    ledger = billing_url(options.pop("ledger", DEFAULT_URL))
-    if ledger.startswith("flowglad:"):
-        raise ConfigurationError("the ledger beside Flowglad is sqlite:///file.db or memory://, not another service")
-    return "flowglad://?" + urlencode({"ledger": ledger, **options}, quote_via=quote, safe="/:")
-
-
-def ledger_url(url: str) -> str:
-    """The ledger of a billing URL: what stands beside a service, else the URL itself."""
-    return dict(parse_qsl(url.partition("?")[2])).get("ledger", url) if url.startswith("flowglad:") else url
 
 
 def connect(url: str | None = None, /, **policies: Unpack[PolicyOptions]) -> Billing:
@@ -189,7 +128,7 @@ class Billing:
 
     @property
     def _where(self) -> str | None:
-        return None if self._url is None else _shown(self._url)
+        return None if self._url is None else shown_url(self._url)
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +186,11 @@ class Billing:
 
         keeps = self.settings
         state = state_folder()
-        ledger, place = self._make_ledger()
+        if self._given is None:
+            assert self._url is not None
+            ledger, place = make_ledger(self._url, keeps)
+        else:
+            ledger, place = self._given, place_of(self._given)
         self._remote = self._make_remote(ledger)
         for around in self._around:
             ledger = around(ledger)
@@ -264,7 +207,7 @@ class Billing:
 
     def _make_remote(self, ledger: Ledger) -> Remote | None:
         """The service, if there is one, with the ledger bound to it."""
-        service = self._make_service()
+        service = make_service(self._url, self.settings)
         if service is None:
             return None
         from .services.remote import Remote
@@ -282,59 +225,6 @@ class Billing:
         # Its threads keep what they need alive, but not a billing that nobody has any more.
         weakref.finalize(self, remote.sender.abandon).atexit = False
         return remote
-
-    def _make_service(self) -> BillingService | None:
-        if self._url is None or not self._url.startswith("flowglad:"):
-            return cast("BillingService | None", self.settings.service)
-        from importlib import import_module
-
-        # By its name: whoever has no such URL loads nothing of it.
-        flowglad: Callable[..., BillingService] = import_module("metered_ai.services.flowglad").Flowglad
-        options: dict[str, Any] = dict(parse_qsl(self._url.partition("?")[2], keep_blank_values=True))
-        del options["ledger"]
-        try:
-            options.update({name: float(options[name]) for name in {"timeout", "plan_age"} & set(options)})
-            return flowglad(**options)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"Flowglad takes no such option in a URL: {error}") from error
-
-    def _make_ledger(self) -> tuple[Ledger, Path]:
-        """The ledger, and a path that stands for it and for no other."""
-        keeps = self.settings
-        if self._given is not None:
-            return self._given, _place_of(self._given)
-        url = None if self._url is None else ledger_url(self._url)
-        if url == "memory://":
-            from .ledger.memory import MemoryLedger
-
-            return MemoryLedger(), Path(f"/memory-{os.urandom(8).hex()}")
-
-        assert url is not None
-        if url.startswith("postgresql:"):
-            from .ledger.postgres import PostgresLedger
-
-            fleet = PostgresLedger(
-                url,
-                durability=keeps.durability,
-                hold_patience=keeps.hold_patience,
-                settle_patience=keeps.settle_patience,
-                auto_migrate=keeps.auto_migrate,
-            )
-            _log.info("credits are kept in %s", fleet.name)
-            return fleet, _place_of(fleet)
-
-        from .ledger.sqlite import SqliteLedger
-
-        path = Path(url.removeprefix("sqlite:///"))
-        _log.info("credits are kept in %s", path)
-        ledger = SqliteLedger(
-            path,
-            durability=keeps.durability,
-            hold_patience=keeps.hold_patience,
-            settle_patience=keeps.settle_patience,
-            auto_migrate=keeps.auto_migrate,
-        )
-        return ledger, path
 
     def _own(self, settler: Settler) -> None:
         from .core.steps import Renew
@@ -938,10 +828,6 @@ class _Patience:
             return None
         self._pause = min(self._pause * 2, 0.25)
         return min(self._pause, left)
-
-
-def _place_of(ledger: Ledger) -> Path:
-    return Path(f"/ledger-{sha256(ledger.name.encode()).hexdigest()[:16]}")
 
 
 def _undo(step: Place) -> End:

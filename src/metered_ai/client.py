@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
 
-from .billing import Billing, billing_url, shared
+from .billing import Billing, shared
 from .context import new_scope, who_pays
 from .core.endpoints import Door, access, find, refusal
 from .core.payer import NOTHING, Terms, terms
 from .errors import ConfigurationError, UnmeteredCallError
 from .records import Request
+from .urls import billing_url
 
 if TYPE_CHECKING:
     from typing import Self, Unpack

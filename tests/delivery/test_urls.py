@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 
 from metered_ai import Billing, connect
-from metered_ai.billing import billing_url, ledger_url
 from metered_ai.errors import ConfigurationError
+from metered_ai.urls import billing_url, ledger_url
 from tests.delivery.tab import Tab
 
 GEN = "generations"

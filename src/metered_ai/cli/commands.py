@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..billing import Billing, billing_url, connect, ledger_url
+from ..billing import Billing, connect
 from ..core.checks import check_amount, check_name
 from ..errors import BillingUnavailableError, ConfigurationError
 from ..records import Balance, Hold
+from ..urls import billing_url, ledger_url
 from . import show
 from .dates import read_date
 from .sheet import BALANCES, EVENTS, HOLDS, print_csv

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..billing import billing_url
 from ..errors import ConfigurationError
+from ..urls import billing_url
 from . import show
 from .commands import PATIENCE, Json, Ledger, app
 
