@@ -24,3 +24,16 @@ class TestPostgres(SharedLedgerContract):
     def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
         schema = self.schemas.setdefault(tmp_path, new_schema())
         return PostgresLedger(with_schema(self.server, schema), clock=clock)
+
+
+class OneByOne(PostgresLedger):
+    """Takes no batch: every step goes the way that unusual ones go."""
+
+    def _together(self, *_: object) -> None:
+        return
+
+
+class TestPostgresOneByOne(TestPostgres):
+    def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
+        schema = self.schemas.setdefault(tmp_path, new_schema())
+        return OneByOne(with_schema(self.server, schema), clock=clock)

@@ -119,7 +119,8 @@ class Commits:
     Gives steps to `work`, which does jobs as one transaction and sets their results, or one step to `alone`, which returns its result.
 
     Where somebody else has the ledger locked, `work` returns the jobs it could not begin, and `alone` raises Locked; `locked` makes
-    the error of a job that has waited long enough for that. Where nothing is gained by sharing a transaction (`shares` False),
+    the error of a job that has waited long enough for that; tries are `longest_wait` apart at most. A job that `work` takes out of its list
+    is finished by somebody else. Where nothing is gained by sharing a transaction (`shares` False),
     every caller who waits anyway does its own step, one after another by `alone`'s own lock.
     """
 
@@ -131,12 +132,14 @@ class Commits:
         name: str,
         *,
         shares: bool,
+        longest_wait: float = _LONGEST_WAIT,
     ) -> None:
         self._alone = alone
         self._work = work
         self._locked = locked
         self._name = name
         self._shares = shares
+        self._longest_wait = longest_wait
         self.reset()
 
     def reset(self) -> None:
@@ -296,7 +299,7 @@ class Commits:
                     _log.exception("a callback of a step failed")
             if is_locked:
                 time.sleep(wait)
-            wait = min(wait * 1.5, _LONGEST_WAIT) if is_locked else _FIRST_WAIT
+            wait = min(wait * 1.5, self._longest_wait) if is_locked else _FIRST_WAIT
 
     def _do_queued(self) -> tuple[list[Job], bool]:
         """Do what is queued in one transaction; return what is done or has waited too long, and whether the ledger was locked."""
@@ -304,12 +307,16 @@ class Commits:
         while self._queue and len(batch) < AT_ONCE:
             batch.append(self._queue.popleft())
         steps = [job for job in batch if job.step is not None]
+        count = len(steps)
         try:
             left = self._work(steps) if steps else steps
         except Exception as error:  # noqa: BLE001  Whatever it is, nobody may wait for ever.
             left = []
             for job in steps:
                 job.error = job.error or error
+        if len(steps) != count:
+            kept = set(map(id, steps))
+            batch = [job for job in batch if job.step is None or id(job) in kept]
         if not left:
             return batch, False
 

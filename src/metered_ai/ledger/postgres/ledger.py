@@ -28,7 +28,7 @@ from ...core.steps import (
 from ...errors import BillingUnavailableError, ConfigurationError, MeteringError
 from .. import Outcomes
 from ..book import TOMBSTONE_KEPT, Sweep
-from ..commits import Commits, Handed, Job, Locked, OneOfSeveral, Several
+from ..commits import Handed, Job, Locked, OneOfSeveral, Several
 from ..forks import ledgers
 from ..inputs import check
 from ..reading import Fetch, Reading
@@ -38,8 +38,10 @@ from ..statements import Statement
 from ..verify import verify
 from . import failures
 from .address import Address
+from .batches import ENDS, Batch, is_usual
 from .dialect import check_schema, statements
 from .driver import cursor_of, load
+from .lanes import Lane
 from .order import Order, Ticket
 from .schema import is_made, migrate
 from .sessions import Lender, Made, Sessions, connector, lender_of
@@ -56,6 +58,8 @@ _DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, S
 _HOLDS = frozenset({Place, Enlarge, Renew})
 _RACES_AT_MOST = 5
 _LOCK_WAIT = 0.1
+"""Seconds that a batch waits for somebody else's lock, before it goes on without that account."""
+_HOLD_LANES = 2
 
 
 class PostgresLedger(Reading):
@@ -122,8 +126,13 @@ class PostgresLedger(Reading):
         """What a process has for itself: nothing open, nobody waiting."""
         self._pid = os.getpid()
         self._sessions = Sessions(self._lender(), self._limit, is_pooled=self._is_pooled)
-        self._order = Order()
-        self._lane = Commits(self._alone, self._work, self._locked, "metered_ai", shares=True)
+        self._order = Order(self._expire)
+        lane = partial(Lane, work=self._work, alone=self._alone, out_of_patience=self._out_of_patience)
+        self._aside_lane = lane("metered_ai aside")
+        self._end_lane = lane("metered_ai settles", is_settle=True, aside=self._aside_lane)
+        self._book_lane = lane("metered_ai books", aside=self._aside_lane)
+        self._hold_lanes = [lane(f"metered_ai holds {number}", aside=self._aside_lane) for number in range(_HOLD_LANES)]
+        self._lanes = (*self._hold_lanes, self._end_lane, self._book_lane, self._aside_lane)
         self._opening = threading.Lock()
         self._closing = threading.Lock()
         self._is_ready = False
@@ -176,12 +185,15 @@ class PostgresLedger(Reading):
 
     def _do(self, step: Step | Sweep) -> object:
         ticket = Ticket(step)
-        lane, patience = self._lane_of(step), self._patience(step)
+        lane, patience = self._lane_of(ticket), self._patience(step)
         job = Job(ticket, patience)
-        if self._order.enter(ticket, partial(lane.hand_over, job)) or lane.is_mine:
-            return lane.run(ticket, patience)
         job.lock = threading.Lock()
         job.lock.acquire()
+        if self._order.enter(ticket, job, lane):
+            return lane.run(ticket, patience)
+        # A callback in a lane's own thread must not wait for what that thread has still to do.
+        if any(each.is_mine for each in self._lanes) and self._order.hurry(ticket):
+            return lane.run(ticket, patience)
         return lane.wait(job)
 
     def submit(self, step: Step, /) -> Future[StepResult]:
@@ -214,12 +226,19 @@ class PostgresLedger(Reading):
 
     def _hand_over(self, job: Job) -> None:
         ticket: Ticket = job.step
-        hand_over = partial(self._lane_of(ticket.step).hand_over, job)
-        if self._order.enter(ticket, hand_over):
-            hand_over()
+        lane = self._lane_of(ticket)
+        if self._order.enter(ticket, job, lane):
+            lane.hand_over(job)
 
-    def _lane_of(self, step: Step | Sweep) -> Commits:  # noqa: ARG002
-        return self._lane
+    def _lane_of(self, ticket: Ticket) -> Lane:
+        if self._order.is_aside(ticket):
+            self._order.put_aside(ticket)
+            return self._aside_lane
+        kind = type(ticket.step)
+        if kind is Place or kind is Enlarge or kind is Renew:
+            # A customer's holds all go one way, so that no two connections of ours wait for each other at its row.
+            return self._hold_lanes[hash(ticket.account) % len(self._hold_lanes)]
+        return self._end_lane if kind in ENDS else self._book_lane
 
     def _patience(self, step: Step | Sweep) -> float:
         return self._hold_patience if type(step) in _HOLDS else self._settle_patience
@@ -276,15 +295,20 @@ class PostgresLedger(Reading):
             if self._is_closed:
                 return
             self._is_closed = True
-            self._lane.drain()
-            self._lane.stop()
+            while not self._order.is_idle:
+                for lane in self._lanes:
+                    lane.drain()
+            for lane in self._lanes:
+                lane.drain()
+                lane.stop()
+            self._order.stop()
             self._sessions.close()
 
     # Doing them
 
-    def _alone(self, ticket: Ticket) -> object:
-        """Do one step in the caller's thread. Locked, with nothing done, where it has to wait for somebody else."""
-        (outcome,) = self._outcomes([ticket], is_settle=False)
+    def _alone(self, lane: Lane, ticket: Ticket) -> object:
+        """Do one step in the caller's thread. Locked, with nothing done, where it has to wait in a queue."""
+        (outcome,) = self._outcomes(lane, [ticket])
         if isinstance(outcome, Locked):
             raise outcome
         self._order.leave((ticket,))
@@ -292,38 +316,116 @@ class PostgresLedger(Reading):
             raise outcome
         return outcome
 
-    def _work(self, jobs: list[Job]) -> list[Job]:
-        """Do jobs; return those that have to wait for somebody else."""
-        outcomes = self._outcomes([job.step for job in jobs], is_settle=False)
+    def _work(self, lane: Lane, jobs: list[Job]) -> list[Job]:
+        """Do jobs; return those that wait for the server, and take those out of the list that go on aside."""
+        outcomes = self._outcomes(lane, [job.step for job in jobs])
         left: list[Job] = []
+        ended: list[Job] = []
+        aside: list[Job] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if isinstance(outcome, Locked):
-                left.append(job)
-            else:
+            if not isinstance(outcome, Locked):
                 job.note(outcome)
-        self._order.leave(job.step for job in jobs if job not in left)
+                ended.append(job)
+            elif lane.aside is not None and job.step.is_aside:
+                aside.append(job)
+            else:
+                left.append(job)
+        if aside:
+            jobs[:] = [job for job in jobs if job not in aside]
+            for job in aside:
+                self._aside_lane.hand_over(job)
+        self._order.leave(job.step for job in ended)
         return left
 
-    def _outcomes(self, tickets: list[Ticket], *, is_settle: bool) -> list[object]:
-        outcomes: list[object] = []
+    def _outcomes(self, lane: Lane, tickets: list[Ticket]) -> list[object]:
+        """What each step came to: its result, its error, or Locked for one that has to wait."""
+        outcomes: dict[int, object] = {}
+        patience = max(map(self._patience, (ticket.step for ticket in tickets)))
         try:
             self._ready()
-            with self._sessions.use(self._hold_patience, is_settle=is_settle) as connection:
-                outcomes += [self._singly(connection, ticket.step) for ticket in tickets]
-        except Exception as error:  # noqa: BLE001
-            outcomes += [self._told(error) for _ in tickets[len(outcomes) :]]
-        return outcomes
+            with self._sessions.use(patience, is_settle=lane.is_settle) as connection:
+                self._together(connection, lane, tickets, outcomes)
+                self._one_by_one(connection, lane, tickets, outcomes)
+        except Exception as error:  # noqa: BLE001  Nobody may wait for ever.
+            told = self._told(error)
+            waits = isinstance(error, BillingUnavailableError) or failures.is_passing(error)
+            if waits:
+                # Others that are idle may be lost as well.
+                self._sessions.forget_idle()
+            for index, ticket in enumerate(tickets):
+                if index not in outcomes:
+                    ticket.trouble = told
+                    outcomes[index] = Locked() if waits else self._told(error)
+        return [outcomes[index] for index in range(len(tickets))]
+
+    def _together(self, connection: Connection, lane: Lane, tickets: list[Ticket], outcomes: dict[int, object]) -> None:
+        """Do what is usual in one round trip."""
+        import psycopg
+
+        batch = Batch(self._sql, self._clock)
+        is_durable = False
+        for index, ticket in enumerate(tickets):
+            if is_usual(ticket.step):
+                try:
+                    batch.add(index, ticket.step)
+                except ValueError as error:
+                    outcomes[index] = error
+                    continue
+                is_durable = is_durable or self._is_durable(ticket.step)
+        if not len(batch):
+            return
+        settings = self._session_settings
+        # Whoever waits for a lock anyway does not wait for it here.
+        is_aside = lane is self._aside_lane
+        try:
+            outcomes |= batch.run(connection, settings, is_durable=is_durable, skips_locked=is_aside)
+        except (psycopg.Error, UnicodeError) as error:
+            if failures.is_passing(error):
+                raise
+            if not failures.is_locked(error):
+                # One of them cannot be stored: each by itself then, so that it fails alone.
+                return
+            outcomes |= batch.run(connection, settings, is_durable=is_durable, skips_locked=True)
+            for index, ticket in enumerate(tickets):
+                if index not in outcomes and is_usual(ticket.step):
+                    self._put_aside(ticket)
+                    outcomes[index] = Locked()
+
+    def _one_by_one(
+        self, connection: Connection, lane: Lane, tickets: list[Ticket], outcomes: dict[int, object]
+    ) -> None:
+        """Do the rest, each in a transaction of its own."""
+        locked: set[object] = set()
+        for index, ticket in enumerate(tickets):
+            if index in outcomes:
+                continue
+            if ticket.account is not None and ticket.account in locked:
+                outcomes[index] = Locked()
+            else:
+                outcomes[index] = self._singly(connection, ticket.step)
+            if isinstance(outcomes[index], Locked):
+                locked.add(ticket.account)
+                if lane is not self._aside_lane:
+                    self._put_aside(ticket)
+
+    def _put_aside(self, ticket: Ticket) -> None:
+        ticket.trouble = BillingUnavailableError(
+            f"the ledger {self.name} has the account of {ticket.account} locked by another transaction"
+        )
+        self._order.put_aside(ticket)
 
     def _singly(self, connection: Connection, step: Step | Sweep) -> object:
         """Do one step in a transaction of its own: its result, its error, or Locked."""
         for left in reversed(range(_RACES_AT_MOST)):
             try:
                 return self._transact(connection, step)
-            except Exception as error:  # noqa: BLE001  It is the step's outcome.
+            except Exception as error:
                 if failures.is_locked(error):
                     return Locked()
                 if failures.is_race(error) and left:
                     continue
+                if failures.is_passing(error):
+                    raise
                 return self._told(error)
         raise AssertionError("a race is told of at last")
 
@@ -338,7 +440,7 @@ class PostgresLedger(Reading):
             try:
                 outcome = book.do(step, now)
             except (MeteringError, ValueError) as error:
-                if book.mark != book_statements.total_changes:
+                if book.mark != book_statements.total_changes or isinstance(error, UnicodeError):
                     raise
                 # A refusal. What was written before it stands by itself.
                 outcome = error
@@ -356,7 +458,9 @@ class PostgresLedger(Reading):
         with connection.pipeline():
             other = cursor_of(connection)
             other.execute("BEGIN")
-            other.execute(self._sql["batches.settings"], self._settings(is_durable=self._is_durable(step)))
+            other.execute(
+                self._sql["batches.settings"], (self._is_durable(step), *(self._session_settings or (None, None)))
+            )
             if lock is not None:
                 locked.execute(self._sql[lock[0]], lock[1])
             if self._clock is None:
@@ -369,11 +473,13 @@ class PostgresLedger(Reading):
         now = clock.fetchall()[0][0] if self._clock is None else self._clock()
         return step, now
 
-    def _settings(self, *, is_durable: bool) -> tuple[bool, str | None, str | None]:
+    @property
+    def _session_settings(self) -> tuple[str, str] | None:
+        """What a session that is not ours has to be told in each transaction."""
         if self._pool is None and not self._is_pooled:
-            return is_durable, None, None
+            return None
         patience = max(self._hold_patience, self._settle_patience, 1.0)
-        return is_durable, f"{int(_LOCK_WAIT * 1000)}ms", f"{int(patience * 1000)}ms"
+        return f"{int(_LOCK_WAIT * 1000)}ms", f"{int(patience * 1000)}ms"
 
     def _is_durable(self, step: Step | Sweep) -> bool:
         if self._durability == "relaxed":
@@ -401,10 +507,23 @@ class PostgresLedger(Reading):
         except (psycopg.Error, OSError) as error:
             raise self._told(error) from (None if self._is_secret(error) else error)
 
-    def _locked(self, job: Job) -> Exception:
-        return BillingUnavailableError(
-            f"the ledger {self.name} has this account locked by another transaction; waited {job.patience:g} s"
+    def _out_of_patience(self, job: Job) -> Exception:
+        ticket: Ticket = job.step
+        self._order.leave((ticket,))
+        trouble = ticket.trouble or BillingUnavailableError(f"the ledger {self.name} was not to be had")
+        told = type(trouble)(f"{trouble}; waited {job.patience:g} s") if isinstance(trouble, MeteringError) else trouble
+        told.__cause__ = trouble.__cause__
+        return told
+
+    def _expire(self, job: Job) -> None:
+        """A step that waited for an earlier one of its account for too long."""
+        job.error = BillingUnavailableError(
+            f"an earlier step of {job.step.account} has not come to an end in the ledger {self.name}; waited {job.patience:g} s"
         )
+        try:
+            job.finish()
+        except BaseException:  # noqa: BLE001  A callback's, and others wait.
+            _log.exception("a callback of a step failed")
 
     # Opening
 
