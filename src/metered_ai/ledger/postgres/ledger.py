@@ -25,7 +25,13 @@ from ...core.steps import (
     Step,
     StepResult,
 )
-from ...errors import BillingUnavailableError, ConfigurationError, MeteringError
+from ...errors import (
+    BillingUnavailableError,
+    ConfigurationError,
+    LedgerCorruptError,
+    MeteringError,
+    SchemaTooNewError,
+)
 from .. import Outcomes
 from ..book import TOMBSTONE_KEPT, Sweep
 from ..commits import Handed, Job, Locked, OneOfSeveral, Several
@@ -343,12 +349,14 @@ class PostgresLedger(Reading):
         patience = max(map(self._patience, (ticket.step for ticket in tickets)))
         try:
             self._ready()
-            with self._sessions.use(patience, is_settle=lane.is_settle) as connection:
+            with self._sessions.use(patience, is_settle=lane.is_settle, is_step=True) as connection:
                 self._together(connection, lane, tickets, outcomes)
                 self._one_by_one(connection, lane, tickets, outcomes)
         except Exception as error:  # noqa: BLE001  Nobody may wait for ever.
             told = self._told(error)
-            waits = isinstance(error, BillingUnavailableError) or failures.is_passing(error)
+            # What is wrong with the schema is still wrong later.
+            is_final = isinstance(error, LedgerCorruptError | SchemaTooNewError)
+            waits = (isinstance(error, BillingUnavailableError) and not is_final) or failures.is_passing(error)
             if waits:
                 # Others that are idle may be lost as well.
                 self._sessions.forget_idle()
