@@ -23,6 +23,7 @@ from urllib.parse import unquote
 from .errors import BillingUnavailableError, ConfigurationError, InsufficientCreditsError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .core.call import Policies
     from .core.steps import Place, Renew, Step
     from .ledger import Ledger, Recovery, Verification
+    from .ledger.postgres.joined import Books
     from .records import Balance, Grant, Hold, UsageEvent, UsageSum
     from .settings import PolicyOptions, Settings
     from .settling import End, Settler
@@ -392,6 +394,21 @@ class Billing:
         """`record`, without blocking the loop."""
         step = _record_step(customer, meter, transaction_id, amount, properties, price_slug)
         return cast("UsageEvent", await self._arun(step))
+
+    def in_transaction(self, connection: Any) -> AbstractContextManager[Books]:
+        """
+        Grant, revoke and record inside a transaction of your own database connection; only on PostgreSQL, with psycopg.
+
+        `with billing.in_transaction(connection) as books: books.grant(…)`: a webhook and its grant are committed together, or not at
+        all. ConfigurationError where the ledger is another one, or `connection` is in no transaction.
+        """
+        ledger = self._open()[0]
+        join = getattr(ledger, "in_transaction", None)
+        if join is None:
+            raise ConfigurationError(
+                f"only a PostgreSQL ledger joins a transaction of yours; this one is {ledger.name}"
+            )
+        return cast("AbstractContextManager[Books]", join(connection))
 
     def charge(
         self,

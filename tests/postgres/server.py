@@ -9,8 +9,12 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 ADDRESS = "METERED_AI_TEST_POSTGRES"
+
+NEEDS_PASSWORD = "needs_password"
+"""A role that our own server asks for its password."""
 
 
 @contextmanager
@@ -31,6 +35,8 @@ def server() -> Iterator[str]:
     url = running.get_uri()
     import psycopg
 
+    rules = Path(folder, "data", "pg_hba.conf")
+    rules.write_text(f"local all {NEEDS_PASSWORD} scram-sha-256\n{rules.read_text()}")
     with psycopg.connect(url, autocommit=True) as connection:
         # A power loss is not among what is tested on this server, so its disk need not be waited for.
         for setting in ("fsync = off", "full_page_writes = off", "max_connections = 200"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import threading
 from collections import Counter
 
 import pytest
 
 from metered_ai import connect
+from metered_ai.core.steps import AddGrant, Place
 from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.testing.provider import ProviderProcess
 from tests.proof.children import LONG, Child, warm_up
@@ -75,3 +77,36 @@ def test_storm(postgres, state, tmp_path, provider, say):
     ledger.close()
 
     assert recovery.resolved
+
+
+def test_new_accounts(postgres):
+    """Whoever is first on an account: grants and holds that make it at the same moment all count, and nothing is written over."""
+    ledgers = [PostgresLedger(postgres) for _ in range(4)]
+    ledgers[0].balance("ada", "generations")
+    customers = [f"customer_{number}" for number in range(60)]
+    barrier = threading.Barrier(len(ledgers))
+    errors = []
+
+    def work(number, ledger):
+        for customer in customers:
+            barrier.wait(60)
+            try:
+                ledger.run(AddGrant(customer, "generations", 5, f"g{number}"))
+                for hold in range(3):
+                    ledger.run(Place(f"h{number}.{hold}", customer, "generations", 1, None))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number, ledger)) for number, ledger in enumerate(ledgers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    broken = ledgers[0].verify().broken
+    balances = [ledgers[0].balance(customer, "generations") for customer in customers]
+    for ledger in ledgers:
+        ledger.close()
+
+    assert [] == errors
+    assert () == broken
+    assert {(20, 12, 0)} == {(balance.limit, balance.held, balance.used) for balance in balances}

@@ -68,20 +68,26 @@ class Batch:
         with connection.pipeline():
             if settings is not None:
                 cursor_of(connection).execute(self._texts["batches.settings"], (is_durable, *settings))
-            if self._places:
-                customers = list({step.customer for _, step, _ in self._places})
-                self._lock(connection, f"batches.hold_locks{free}", (customers, is_durable))
-                placed = self._execute(connection, "batches.place", now, map(_place_row, self._places))
+            holding = list({step.customer for _, step, _ in self._places})
             if self._settles or self._releases:
                 ends: list[Settle | Release] = [taken[1] for taken in self._settles]
                 ends += [taken[1] for taken in self._releases]
                 accounts = {(step.customer, step.meter) for step in ends}
                 customers, meters = map(list, zip(*accounts, strict=True))
-                self._lock(connection, f"batches.end_locks{free}", (customers, meters, is_durable))
+                if holding and not free:
+                    # All at once, for the sake of their order.
+                    self._lock(connection, "batches.all_locks", (customers, meters, is_durable, holding))
+                else:
+                    self._lock(connection, f"batches.end_locks{free}", (customers, meters, is_durable))
             if self._settles:
                 settled = self._execute(connection, "batches.settle", now, map(_settle_row, self._settles))
             if self._releases:
                 released = self._execute(connection, "batches.release", now, map(_release_row, self._releases))
+            # Last, because the others make room for them.
+            if self._places:
+                if free or not (self._settles or self._releases):
+                    self._lock(connection, f"batches.hold_locks{free}", (holding, is_durable))
+                placed = self._execute(connection, "batches.place", now, map(_place_row, self._places))
         results: dict[int, object] = {}
         for cursor, steps, result_of in (
             (placed, self._places, _hold_of),

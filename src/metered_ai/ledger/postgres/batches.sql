@@ -80,6 +80,23 @@ FROM (
     ORDER BY a.no FOR NO KEY UPDATE SKIP LOCKED
 ) AS l
 
+-- name: all_locks
+-- Those of ends ($1, $2) and those of holds ($4).
+SELECT
+    set_config('metered_ai_step.locked', coalesce(string_agg(l.no::text, ','), ''), true),
+    set_config('synchronous_commit', CASE WHEN NOT $3::boolean THEN 'off' WHEN current_setting('synchronous_commit') = 'off' THEN 'on'
+        ELSE current_setting('synchronous_commit') END, true)
+FROM (
+    SELECT a.no FROM metered_ai.account AS a
+    WHERE a.no IN (
+        SELECT e.no FROM unnest($1::text[], $2::text[]) AS i (customer, meter)
+        JOIN metered_ai.account AS e ON e.customer = i.customer AND e.meter = i.meter
+        UNION
+        SELECT h.no FROM metered_ai.account AS h WHERE h.customer = ANY ($4::text[])
+    )
+    ORDER BY a.no FOR NO KEY UPDATE
+) AS l
+
 -- name: place
 -- $1 is a test's clock. Of each account's holds as many are taken as fit one after the other; what is left goes its way singly, and
 -- is told there why. One UPDATE for each account decides, on the row as it is.

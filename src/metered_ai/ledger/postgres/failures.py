@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ...errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError, MeteringError
 
-__all__ = ["cleaned", "is_doubtful", "is_locked", "is_passing", "is_race", "translate"]
+__all__ = ["cleaned", "is_locked", "is_passing", "is_race", "state_of", "translate"]
 
 _LOCKED = frozenset({"55P03"})
 # Two transactions made the same account at once, or met in a deadlock: the loser finds things settled when it comes again.
@@ -56,12 +56,6 @@ def is_passing(error: BaseException) -> bool:
         # The driver's own: no connection, or one that was lost. A wrong use of it is another kind of error.
         return isinstance(error, psycopg.OperationalError | OSError)
     return state[:2] in ("08", "57") or state in _PASSING or (state[:2] == "53" and state != "53100")
-
-
-def is_doubtful(error: BaseException) -> bool:
-    """Nobody can know whether the transaction was committed: its answer was lost."""
-    state = state_of(error)
-    return state is None or state[:2] in ("08", "57") or state == "40003"
 
 
 def translate(error: Exception, name: str, secrets: Iterable[str] = ()) -> Exception:

@@ -18,8 +18,7 @@ class Lane(Commits):
     """
     Does its steps a batch at a time, in the order they came, each batch by `work` on one connection.
 
-    A lone caller's step is done in the caller's thread. While a batch is on its way the next one gathers. Steps that `work` puts
-    aside go on in the lane `aside`.
+    A lone caller's step is done in the caller's thread. While a batch is on its way the next one gathers.
     """
 
     def __init__(
@@ -30,10 +29,8 @@ class Lane(Commits):
         out_of_patience: Callable[[Job], Exception],
         *,
         is_settle: bool = False,
-        aside: Lane | None = None,
     ) -> None:
         self.is_settle = is_settle
-        self.aside = aside
 
         def do_alone(ticket: Ticket) -> object:
             return alone(self, ticket)
@@ -50,6 +47,8 @@ class Lane(Commits):
         job.since = since or job.since
 
     def _share(self, step: Any, patience: float) -> Any:
-        if self.aside is not None and step.is_aside:
-            return self.aside._share(step, patience)
+        goes_on, step.goes_on = step.goes_on, None
+        if goes_on is not None:
+            step.where = goes_on
+            return goes_on._share(step, patience)
         return super()._share(step, patience)

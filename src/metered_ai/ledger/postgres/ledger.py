@@ -47,6 +47,7 @@ from .address import Address
 from .batches import ENDS, Batch, is_usual
 from .dialect import check_schema, statements
 from .driver import cursor_of, load
+from .joined import Books
 from .lanes import Lane
 from .order import Order, Ticket
 from .schema import is_made, migrate
@@ -118,6 +119,7 @@ class PostgresLedger(Reading):
         self._limit = limit
         self._is_pooled = self._address.pgbouncer if pgbouncer is None else pgbouncer
         self._pool = pool
+        self._made_in = os.getpid()
         self._durability = durability
         self._hold_patience = float(hold_patience)
         self._settle_patience = float(settle_patience)
@@ -132,12 +134,12 @@ class PostgresLedger(Reading):
         """What a process has for itself: nothing open, nobody waiting."""
         self._pid = os.getpid()
         self._sessions = Sessions(self._lender(), self._limit, is_pooled=self._is_pooled)
-        self._order = Order(self._expire)
         lane = partial(Lane, work=self._work, alone=self._alone, out_of_patience=self._out_of_patience)
         self._aside_lane = lane("metered_ai aside")
-        self._end_lane = lane("metered_ai settles", is_settle=True, aside=self._aside_lane)
-        self._book_lane = lane("metered_ai books", aside=self._aside_lane)
-        self._hold_lanes = [lane(f"metered_ai holds {number}", aside=self._aside_lane) for number in range(_HOLD_LANES)]
+        self._end_lane = lane("metered_ai settles", is_settle=True)
+        self._book_lane = lane("metered_ai books")
+        self._hold_lanes = [lane(f"metered_ai holds {number}") for number in range(_HOLD_LANES)]
+        self._order = Order(self._expire, self._end_lane)
         self._lanes = (*self._hold_lanes, self._end_lane, self._book_lane, self._aside_lane)
         self._opening = threading.Lock()
         self._closing = threading.Lock()
@@ -146,7 +148,7 @@ class PostgresLedger(Reading):
 
     def _lender(self) -> Lender:
         if self._pool is not None:
-            return lender_of(self._pool)
+            return lender_of(self._pool, self._made_in)
         return Made(
             connector(
                 self._address.conninfo,
@@ -195,8 +197,9 @@ class PostgresLedger(Reading):
         job = Job(ticket, patience)
         job.lock = threading.Lock()
         job.lock.acquire()
-        if self._order.enter(ticket, job, lane):
-            return lane.run(ticket, patience)
+        goes = self._order.enter(ticket, job, lane)
+        if goes is not None:
+            return goes.run(ticket, patience)
         # A callback in a lane's own thread must not wait for what that thread has still to do.
         if any(each.is_mine for each in self._lanes) and self._order.hurry(ticket):
             return lane.run(ticket, patience)
@@ -232,8 +235,8 @@ class PostgresLedger(Reading):
 
     def _hand_over(self, job: Job) -> None:
         ticket: Ticket = job.step
-        lane = self._lane_of(ticket)
-        if self._order.enter(ticket, job, lane):
+        lane = self._order.enter(ticket, job, self._lane_of(ticket))
+        if lane is not None:
             lane.hand_over(job)
 
     def _lane_of(self, ticket: Ticket) -> Lane:
@@ -242,9 +245,12 @@ class PostgresLedger(Reading):
             return self._aside_lane
         kind = type(ticket.step)
         if kind is Place or kind is Enlarge or kind is Renew:
-            # A customer's holds all go one way, so that no two connections of ours wait for each other at its row.
-            return self._hold_lanes[hash(ticket.account) % len(self._hold_lanes)]
+            return self._hold_lane_of(ticket)
         return self._end_lane if kind in ENDS else self._book_lane
+
+    def _hold_lane_of(self, ticket: Ticket) -> Lane:
+        # An account's holds all go one way, so that no two connections of ours wait for each other at its row.
+        return self._hold_lanes[hash(ticket.account) % len(self._hold_lanes)]
 
     def _patience(self, step: Step | Sweep) -> float:
         return self._hold_patience if type(step) in _HOLDS else self._settle_patience
@@ -287,6 +293,31 @@ class PostgresLedger(Reading):
                 cursor.execute("SELECT pg_current_xact_id()")
                 cursor.execute("COMMIT")
 
+    @contextmanager
+    def in_transaction(self, connection: Connection) -> Generator[Books]:
+        """
+        Grant, revoke and record inside a transaction of your own, on your psycopg connection: all of it is committed together, or nothing.
+
+        What is done shows, and counts, once you commit; until then the account is locked for others, so commit soon. Of SQLAlchemy's
+        connection it is `connection.connection.driver_connection`. ConfigurationError where no transaction could be joined. The
+        driver's own errors come as they are, because the transaction is yours to try again.
+        """
+        self._check_open()
+        with self._translated():
+            self._ready()
+        books = Books(connection, self._sql, self._clock)
+        try:
+            yield books
+        finally:
+            books.is_over = True
+
+    def migrate(self) -> bool:
+        """Bring the schema to the newest version, whatever `auto_migrate` says; tell whether anything was to be done."""
+        self._check_open()
+        with self._translated(), self._sessions.use(self._hold_patience) as connection:
+            self._check_server(connection)
+            return migrate(connection, self.schema, self.name)
+
     def is_made(self) -> bool:
         """True if the schema is there. Looking makes nothing."""
         self._check_open()
@@ -327,19 +358,23 @@ class PostgresLedger(Reading):
         outcomes = self._outcomes(lane, [job.step for job in jobs])
         left: list[Job] = []
         ended: list[Job] = []
-        aside: list[Job] = []
+        moved: list[Job] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
             if not isinstance(outcome, Locked):
                 job.note(outcome)
                 ended.append(job)
-            elif lane.aside is not None and job.step.is_aside:
-                aside.append(job)
+            elif job.step.goes_on is not None:
+                moved.append(job)
             else:
                 left.append(job)
-        if aside:
-            jobs[:] = [job for job in jobs if job not in aside]
-            for job in aside:
-                self._aside_lane.hand_over(job)
+        if moved:
+            gone = set(map(id, moved))
+            jobs[:] = [job for job in jobs if id(job) not in gone]
+            for job in moved:
+                ticket: Ticket = job.step
+                where, ticket.goes_on = cast("Lane", ticket.goes_on), None
+                ticket.where = where
+                where.hand_over(job)
         self._order.leave(job.step for job in ended)
         return left
 
@@ -350,6 +385,11 @@ class PostgresLedger(Reading):
         try:
             self._ready()
             with self._sessions.use(patience, is_settle=lane.is_settle, is_step=True) as connection:
+                for index, ticket in enumerate(tickets):
+                    if lane is not self._aside_lane and self._order.is_aside(ticket):
+                        # What came before it waits for a lock, and so does this then.
+                        self._put_aside(ticket)
+                        outcomes[index] = Locked()
                 self._together(connection, lane, tickets, outcomes)
                 self._one_by_one(connection, lane, tickets, outcomes)
         except Exception as error:  # noqa: BLE001  Nobody may wait for ever.
@@ -373,7 +413,7 @@ class PostgresLedger(Reading):
         batch = Batch(self._sql, self._clock)
         is_durable = False
         for index, ticket in enumerate(tickets):
-            if is_usual(ticket.step):
+            if index not in outcomes and is_usual(ticket.step):
                 try:
                     batch.add(index, ticket.step)
                 except ValueError as error:
@@ -407,6 +447,11 @@ class PostgresLedger(Reading):
         for index, ticket in enumerate(tickets):
             if index in outcomes:
                 continue
+            if lane is self._end_lane and type(ticket.step) is Place:
+                # Whatever takes longer must not keep settles waiting.
+                ticket.goes_on = self._hold_lane_of(ticket)
+                outcomes[index] = Locked()
+                continue
             if ticket.account is not None and ticket.account in locked:
                 outcomes[index] = Locked()
             else:
@@ -421,6 +466,7 @@ class PostgresLedger(Reading):
             f"the ledger {self.name} has the account of {ticket.account} locked by another transaction"
         )
         self._order.put_aside(ticket)
+        ticket.goes_on = self._aside_lane
 
     def _singly(self, connection: Connection, step: Step | Sweep) -> object:
         """Do one step in a transaction of its own: its result, its error, or Locked."""

@@ -24,7 +24,7 @@ _LOOKS_EVERY = 0.1
 class Ticket:
     """A step under way. `start` hands it over once nothing is before it."""
 
-    __slots__ = ("account", "is_aside", "job", "lane", "step", "then", "trouble", "waits")
+    __slots__ = ("account", "goes_on", "is_aside", "job", "lane", "step", "then", "trouble", "waits", "where")
 
     def __init__(self, step: Any) -> None:
         self.step = step
@@ -32,6 +32,9 @@ class Ticket:
         # What is handed over, and where to, once nothing is before it; None when that is done.
         self.job: Job | None = None
         self.lane: Commits | None = None
+        # The lane that it is in now, and the one that it goes on in.
+        self.where: Commits | None = None
+        self.goes_on: Commits | None = None
         self.then: list[Ticket] = []
         self.waits = 0
         # Its account is locked by somebody else, so that it waits where it holds up nobody.
@@ -47,8 +50,9 @@ class Order:
     One that has to wait longer than its patience is given to `expire`, and is under way no more.
     """
 
-    def __init__(self, expire: Callable[[Job], None]) -> None:
+    def __init__(self, expire: Callable[[Job], None], ends: Commits) -> None:
         self._expire = expire
+        self._ends = ends
         self._lock = threading.Lock()
         self._accounts: dict[tuple[str, str], dict[Ticket, None]] = {}
         self._aside: dict[tuple[str, str], int] = {}
@@ -57,27 +61,37 @@ class Order:
         self._watcher: threading.Thread | None = None
         self._is_over = False
 
-    def enter(self, ticket: Ticket, job: Job, lane: Commits) -> bool:
-        """Note a step; True if it may go at once. Else its job is handed to the lane when it may."""
+    def enter(self, ticket: Ticket, job: Job, lane: Commits) -> Commits | None:
+        """Note a step; where it may go at once. None if it has to wait: then its job is handed to the lane when it may."""
+        ticket.where = lane
         if ticket.account is None:
-            return True
+            return lane
         with self._lock:
             others = self._accounts.get(ticket.account)
             if others is None:
                 self._accounts[ticket.account] = {ticket: None}
-                return True
-            for other in others:
-                if _waits_for(ticket.step, other.step):
-                    other.then.append(ticket)
-                    ticket.waits += 1
+                return lane
+            before = [other for other in others if _waits_for(ticket.step, other.step)]
+            if type(ticket.step) is Place and self._may_follow(others, before):
+                # Behind the ends of its account, in their lane, it neither waits for them nor meets them at the account's row.
+                before = []
+                lane = ticket.where = self._ends
             others[ticket] = None
-            if not ticket.waits:
-                return True
+            if not before:
+                return lane
+            for other in before:
+                other.then.append(ticket)
+            ticket.waits = len(before)
+            ticket.where = None
             job.since = time.monotonic()
             ticket.job, ticket.lane = job, lane
             self._waiting[ticket] = None
         self._watch()
-        return False
+        return None
+
+    def _may_follow(self, others: Iterable[Ticket], before: list[Ticket]) -> bool:
+        ends = self._ends
+        return any(other.where is ends for other in others) and all(other.where is ends for other in before)
 
     @property
     def is_idle(self) -> bool:
@@ -89,6 +103,7 @@ class Order:
         if ticket.account is not None and not ticket.is_aside:
             with self._lock:
                 ticket.is_aside = True
+                ticket.where = None
                 self._aside[ticket.account] = self._aside.get(ticket.account, 0) + 1
 
     def is_aside(self, ticket: Ticket) -> bool:
@@ -126,6 +141,7 @@ class Order:
             waiting.waits -= 1
             if waiting.waits == 0 and waiting.job is not None and waiting.lane is not None:
                 free.append((waiting.job, waiting.lane))
+                waiting.where = waiting.lane
                 waiting.job = waiting.lane = None
                 self._waiting.pop(waiting, None)
         ticket.then = []

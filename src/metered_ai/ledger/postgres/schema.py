@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError, SchemaTooNewError
+from ..statements import read_text
 from .dialect import in_schema, migration
 from .driver import cursor_of
 
 if TYPE_CHECKING:
     from .driver import Connection, Cursor
 
-__all__ = ["MIGRATIONS", "Migration", "is_made", "migrate", "migration_sql"]
+__all__ = ["MIGRATIONS", "Migration", "is_made", "migrate", "migration_sql", "role_sql"]
 
 
 class Migration(NamedTuple):
@@ -103,6 +104,17 @@ def migration_sql(schema: str, since: int = 0) -> str:
             f"VALUES ({number}, '{file}', {works_for});"
         )
     return "\n".join([*lines, "COMMIT;", ""])
+
+
+def role_sql(schema: str, role: str) -> str:
+    """What lets a role work with the ledger and neither change nor remove usage events and grants, as a script for psql."""
+    if not role or "\0" in role:
+        raise ConfigurationError(f"a role has a name, unlike {role!r}")
+    text = in_schema(read_text("postgres/role.sql"), schema).decode()
+    quoted = role.replace('"', '""')
+    return text.replace("SCHEMA metered_ai TO", f'SCHEMA "{schema}" TO').replace(
+        "metered_ai_application", f'"{quoted}"'
+    )
 
 
 def _version(cursor: Cursor, schema: str, name: str, migrations: Sequence[Migration]) -> int | None:

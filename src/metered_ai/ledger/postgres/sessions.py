@@ -24,6 +24,9 @@ __all__ = ["Given", "Lender", "Sessions", "connector", "lender_of"]
 class Lender(Protocol):
     """Where connections come from and go back to."""
 
+    spares_one: bool
+    """A connection may be kept for settles."""
+
     def take(self, patience: float) -> Connection: ...
     def give_back(self, connection: Connection) -> None: ...
 
@@ -31,9 +34,10 @@ class Lender(Protocol):
 class Given:
     """A psycopg_pool.ConnectionPool of the user's: it is asked for connections, and gets every one back. It is never closed."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, pid: int) -> None:
         self._pool = pool
-        self._pid = os.getpid()
+        self._pid = pid
+        self.spares_one = getattr(pool, "max_size", None) != 1
 
     def take(self, patience: float) -> Connection:
         if self._pid != os.getpid():
@@ -50,6 +54,8 @@ class Given:
 class Made:
     """Connections that a function opens; kept by `Sessions`, and closed by it."""
 
+    spares_one = True
+
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self._connect = connect
 
@@ -60,10 +66,10 @@ class Made:
         connection.close()
 
 
-def lender_of(pool: object) -> Lender:
-    """What `pool=` may be: a psycopg pool, or a function that opens a connection."""
+def lender_of(pool: object, pid: int) -> Lender:
+    """What `pool=` may be: a psycopg pool, which was given to process `pid`, or a function that opens a connection."""
     if hasattr(pool, "getconn") and hasattr(pool, "putconn"):
-        return Given(pool)
+        return Given(pool, pid)
     if callable(pool):
         return Made(cast("Callable[[], Connection]", pool))
     raise ConfigurationError(f"pool must be a psycopg_pool.ConnectionPool or a function that connects, not {pool!r}")
@@ -103,7 +109,7 @@ class Sessions:
                     _limit_wait(connection, patience if is_step else None)
                     yield connection
                 finally:
-                    if self._is_well(connection) and not self.is_over:
+                    if self._lender.spares_one and self._is_well(connection) and not self.is_over:
                         self._own = connection
                     else:
                         self._part(connection)
