@@ -21,9 +21,9 @@ def own_postgres_server():
 
 @pytest.fixture
 def own_server(own_postgres_server):
-    """The server, whose backends all go on when the test is over."""
+    """The server, which runs again, with all its backends, when the test is over."""
     yield own_postgres_server
-    own_postgres_server.go_on()
+    own_postgres_server.restore()
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def own_url(own_server):
     """The URL of a ledger on it, in an empty schema."""
     schema = new_schema()
     yield with_schema(own_server.url, schema)
-    own_server.go_on()
+    own_server.restore()
     drop_schemas(own_server.url, [schema])
 
 

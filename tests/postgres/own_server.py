@@ -42,7 +42,17 @@ class OwnServer:
 
     @property
     def pid(self) -> int:
-        return int(Path(self._folder, "data", "postmaster.pid").read_text().split()[0])
+        return int(self._pid_file.read_text().split()[0])
+
+    @property
+    def _pid_file(self) -> Path:
+        return Path(self._folder, "data", "postmaster.pid")
+
+    def restore(self) -> None:
+        """Have it as a test finds it: it runs, and all its backends do."""
+        self.go_on()
+        if not self._pid_file.exists() or not _is_running(self.pid):
+            self.start()
 
     def stop_at_once(self) -> None:
         """An immediate stop: nobody is asked, nothing is finished, the next start recovers as after a crash."""
@@ -103,7 +113,7 @@ class OwnServer:
             return connection.execute(query, parameters).fetchall()
 
     def close(self) -> None:
-        self.go_on()
+        self.restore()
         self.stop_at_once()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -72,6 +72,9 @@ def test_restarts(own_server, own_url, spool, tmp_path, say, fork):
             for child, since in zip(running, before, strict=True):
                 wait_for(child, "refused", since)
             # Calls that had their hold when the server went have been sent; from here on there is none.
+            for child, since in zip(running, before, strict=True):
+                # Each of its callers has been refused, so that none is on its way from a hold to its request.
+                child.hear(since + 18)
             until(lambda: len(provider.completed) == len(provider.requests), "calls under way end")
             sent, heard = len(provider.requests), [len(child.hear(0)) for child in running]
             for child, count in zip(running, heard, strict=True):

@@ -11,11 +11,14 @@ import typer
 
 from ..errors import GrantConflictError, InsufficientCreditsError, MeteringError
 from .commands import app
+from .copying import copy
 from .show import shown
 
 __all__ = ["run"]
 
 REFUSED, USAGE = 1, 2
+
+app.command()(copy)
 
 
 def run(arguments: Sequence[str]) -> int:
