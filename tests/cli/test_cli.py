@@ -412,7 +412,7 @@ def test_bad_dates(text):
 
 MISTAKES = [
     (("frobnicate",), "frobnicate"),
-    (("grnat",), "Did you mean 'grant'?"),
+    (("grnt",), "Did you mean 'grant'?"),
     (("grant", ADA, GEN, "5"), "--id"),
     (("grant", ADA), "METER"),
     (("grant", ADA, GEN, "1.5", "--id", "x"), "'1.5'"),

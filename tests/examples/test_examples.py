@@ -103,7 +103,7 @@ def test_program(name, provider, tmp_path):
 
 def test_all_tested():
     """No example is left out."""
-    assert {*PROGRAMS, "web_request"} == {path.stem for path in EXAMPLES.glob("*.py")}
+    assert {*PROGRAMS, "web_request", "payment_webhook"} == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
 @pytest.fixture

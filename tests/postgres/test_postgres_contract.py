@@ -10,6 +10,9 @@ import pytest
 from metered_ai.ledger import Ledger
 from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.testing import Clock, SharedLedgerContract
+from metered_ai.testing.contract.books import Together
+from metered_ai.testing.contract.holds import Placing, Releasing
+from metered_ai.testing.contract.settles import Late, SameAnswer, Settling
 from tests.postgres.server import drop_schemas, new_schema, with_schema
 
 
@@ -33,7 +36,11 @@ class OneByOne(PostgresLedger):
         return
 
 
-class TestPostgresOneByOne(TestPostgres):
+class TestPostgresOneByOne(Placing, Settling, SameAnswer, Late, Releasing, Together):
+    """The chapters that are about what batches take otherwise."""
+
+    _server = TestPostgres._server
+
     def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
         schema = self.schemas.setdefault(tmp_path, new_schema())
         return OneByOne(with_schema(self.server, schema), clock=clock)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -19,6 +21,7 @@ from metered_ai.ledger.postgres import schema as module
 from metered_ai.ledger.postgres.dialect import in_schema, statements
 from metered_ai.ledger.postgres.schema import MIGRATIONS, Migration, migrate, role_sql
 from metered_ai.ledger.statements import named_parts
+from metered_ai.testing import Clock
 from tests.postgres.server import new_schema
 
 
@@ -156,6 +159,35 @@ class TestMigrating:
             assert one.name != two.name
         with psycopg.connect(postgres_server, autocommit=True) as connection:
             connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(other)))
+
+
+def test_partitioned(postgres: str, admin: psycopg.Connection[Any]) -> None:
+    """Partitioned as the documentation says, the ledger goes on: a transaction id is billed once over all partitions, for ever."""
+    page = Path(__file__).parents[2] / "docs" / "postgresql.md"
+    (script,) = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    clock = Clock()
+    with closing(PostgresLedger(postgres, clock=clock)) as ledger:
+        ledger.submit_all(EVERYTHING).result(20)
+        admin.execute(in_schema(script, schema_of(postgres)))
+
+        ledger.run(Record("ada", "calls", "r8", 1))
+        clock.advance(4 * 365 * 86400)
+        ledger.run(Record("ada", "calls", "r9", 1))
+        assert "late" == ledger.run(Settle("h7", "ada", "calls", 1, "gen_7", "reported")).outcome
+        # Billed long ago, in another partition.
+        assert "again" == ledger.run(Settle("h1", "ada", "calls", 4, "gen_1", "reported")).outcome
+        counts = [
+            admin.execute(
+                in_schema(f"SELECT count(*) FROM metered_ai.usage_event_{name}", schema_of(postgres))
+            ).fetchone()
+            for name in ("first", "2030")
+        ]
+
+        assert () == ledger.verify().broken
+        assert len(list(ledger.usage_events())) == sum(count[0] for count in counts if count)
+        assert all(count and count[0] for count in counts)
+        with pytest.raises(psycopg.errors.RestrictViolation):
+            admin.execute(in_schema("DELETE FROM metered_ai.usage_event", schema_of(postgres)))
 
 
 class TestCommand:

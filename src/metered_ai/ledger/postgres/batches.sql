@@ -1,5 +1,7 @@
 -- Locks, and the ways that take many steps at once. A transaction locks first and acts in its next statement, which therefore sees
 -- everything that those it waited for have committed. Locks are taken in the order of accounts' numbers, so that no two wait for each other.
+-- What is looked up for each step is asked for by LATERAL … LIMIT 1 or by a subselect in SELECT: so each is one probe of an index, whatever
+-- the planner believes of a table that was empty a moment ago, or of a customer who has a million events.
 
 -- name: settings
 -- $1: whether what is committed must survive a power loss. A session or server that is set to less does not lower that. $2 and $3: how
@@ -107,7 +109,10 @@ asked AS (
     SELECT
         i.*, clock.now, a.no, a.is_unlimited, a.credit_limit - a.used - a.held AS free, a.unlimited_held,
         o.no AS owner_no, o.lease_until,
-        (SELECT sum(c.open_holds) FROM metered_ai.account AS c WHERE c.customer = i.customer) AS open_holds
+        (SELECT sum(c.open_holds) FROM metered_ai.account AS c WHERE c.customer = i.customer) AS open_holds,
+        (SELECT h.hold_id FROM metered_ai.open_hold AS h WHERE h.account_no = a.no AND h.hold_id = i.hold_id) AS is_open,
+        (SELECT e.hold_id FROM metered_ai.ended_hold AS e WHERE e.account_no = a.no AND e.hold_id = i.hold_id) AS has_ended,
+        (SELECT k.hold_id FROM metered_ai.usage_key AS k WHERE k.hold_id = i.hold_id AND k.account_no = a.no) AS is_settled
     FROM unnest(
         $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::bigint[], $8::bigint[], $9::text[], $10::text[], $11::text[],
         $12::text[], $13::text[], $14::text[], $15::bigint[]
@@ -116,21 +121,18 @@ asked AS (
         position
     )
     CROSS JOIN clock
-    JOIN metered_ai.account AS a ON a.customer = i.customer AND a.meter = i.meter
-    LEFT JOIN metered_ai.owner AS o ON o.id = i.owner
+    CROSS JOIN LATERAL (SELECT * FROM metered_ai.account AS c WHERE c.customer = i.customer AND c.meter = i.meter LIMIT 1) AS a
+    LEFT JOIN LATERAL (SELECT * FROM metered_ai.owner AS c WHERE c.id = i.owner LIMIT 1) AS o ON true
     WHERE a.no = ANY (string_to_array(current_setting('metered_ai_step.locked'), ',')::bigint[])
         AND (a.next_expiry IS NULL OR a.next_expiry > clock.now)
         -- A lease of which a third is gone is extended first.
         AND (i.owner IS NULL OR o.lease_until >= clock.now + i.lease * 2 / 3)
-        AND NOT EXISTS (SELECT 1 FROM metered_ai.open_hold AS h WHERE h.account_no = a.no AND h.hold_id = i.hold_id)
-        AND NOT EXISTS (SELECT 1 FROM metered_ai.ended_hold AS e WHERE e.account_no = a.no AND e.hold_id = i.hold_id)
-        AND NOT EXISTS (SELECT 1 FROM metered_ai.usage_key AS k WHERE k.hold_id = i.hold_id AND k.account_no = a.no)
 ),
 counted AS (
     SELECT
         asked.*, sum(amount) OVER (PARTITION BY no ORDER BY position) AS wanted,
         row_number() OVER (PARTITION BY customer ORDER BY position) AS nth
-    FROM asked
+    FROM asked WHERE is_open IS NULL AND has_ended IS NULL AND is_settled IS NULL
 ),
 fitting AS (
     SELECT * FROM counted
@@ -169,7 +171,11 @@ WITH clock AS MATERIALIZED (
 asked AS (
     SELECT
         i.*, clock.now, a.no, a.used, a.unlimited_used, a.events, a.last_event_at, h.amount AS held, h.is_unlimited,
-        coalesce(h.transaction_id, i.transaction_id) AS name
+        h.place AS hold_place, coalesce(h.transaction_id, i.transaction_id) AS name,
+        (
+            SELECT k.event_no FROM metered_ai.usage_key AS k
+            WHERE k.account_no = a.no AND k.transaction_id = coalesce(h.transaction_id, i.transaction_id)
+        ) AS twin_no
     FROM unnest(
         $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $11::bigint[],
         $12::text[], $13::text[], $14::text[], $15::smallint[], $16::text[], $17::text[], $18::text[], $19::bigint[], $20::bigint[],
@@ -180,22 +186,20 @@ asked AS (
         cache_write_tokens, output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters, position
     )
     CROSS JOIN clock
-    JOIN metered_ai.account AS a ON a.customer = i.customer AND a.meter = i.meter
-    JOIN metered_ai.open_hold AS h ON h.account_no = a.no AND h.hold_id = i.hold_id
+    CROSS JOIN LATERAL (SELECT * FROM metered_ai.account AS c WHERE c.customer = i.customer AND c.meter = i.meter LIMIT 1) AS a
+    CROSS JOIN LATERAL (
+        SELECT c.ctid AS place, c.* FROM metered_ai.open_hold AS c WHERE c.account_no = a.no AND c.hold_id = i.hold_id LIMIT 1
+    ) AS h
     WHERE a.no = ANY (string_to_array(current_setting('metered_ai_step.locked'), ',')::bigint[])
         AND h.is_repeat = 0
         AND a.kept = 0
         AND (a.next_expiry IS NULL OR a.next_expiry > clock.now)
-        AND NOT EXISTS (
-            SELECT 1 FROM metered_ai.usage_key AS k
-            WHERE k.account_no = a.no AND k.transaction_id = coalesce(h.transaction_id, i.transaction_id)
-        )
 ),
 counted AS (
     SELECT
         asked.*, row_number() OVER (PARTITION BY no, name ORDER BY position) AS twin,
         sum(amount) OVER (PARTITION BY no ORDER BY position) AS more
-    FROM asked
+    FROM asked WHERE twin_no IS NULL
 ),
 -- Of two settles under one name the second is not usual. Times grow strictly within an account.
 fitting AS (
@@ -204,8 +208,9 @@ fitting AS (
         greatest(now, last_event_at + 1) + row_number() OVER (PARTITION BY no ORDER BY position) - 1 AS created_at
     FROM counted WHERE twin = 1 AND greatest(used, unlimited_used) + more <= 4611686018427387904
 ),
+-- By where the row lies, which nothing changes while its account is locked.
 ended AS (
-    DELETE FROM metered_ai.open_hold AS h USING fitting AS f WHERE h.account_no = f.no AND h.hold_id = f.hold_id
+    DELETE FROM metered_ai.open_hold AS h USING fitting AS f WHERE h.ctid = f.hold_place AND h.account_no = f.no
 ),
 named AS (
     INSERT INTO metered_ai.usage_key (account_no, transaction_id, hold_id, event_no, created_at)
@@ -249,12 +254,14 @@ WITH clock AS MATERIALIZED (
 ),
 fitting AS (
     SELECT
-        i.*, clock.now, a.no, h.amount, h.is_unlimited, h.placed_at, h.parent, h.endpoint, h.model, h.price_slug, h.properties
+        i.*, clock.now, a.no, h.place AS hold_place, h.amount, h.is_unlimited, h.placed_at, h.parent, h.endpoint, h.model, h.price_slug, h.properties
     FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[])
         WITH ORDINALITY AS i (customer, meter, hold_id, reason, sent, position)
     CROSS JOIN clock
-    JOIN metered_ai.account AS a ON a.customer = i.customer AND a.meter = i.meter
-    JOIN metered_ai.open_hold AS h ON h.account_no = a.no AND h.hold_id = i.hold_id
+    CROSS JOIN LATERAL (SELECT * FROM metered_ai.account AS c WHERE c.customer = i.customer AND c.meter = i.meter LIMIT 1) AS a
+    CROSS JOIN LATERAL (
+        SELECT c.ctid AS place, c.* FROM metered_ai.open_hold AS c WHERE c.account_no = a.no AND c.hold_id = i.hold_id LIMIT 1
+    ) AS h
     WHERE a.no = ANY (string_to_array(current_setting('metered_ai_step.locked'), ',')::bigint[])
         -- The number of an operation is given back with more care.
         AND h.operation IS NULL
@@ -262,7 +269,7 @@ fitting AS (
         AND (a.next_expiry IS NULL OR a.next_expiry > clock.now)
 ),
 taken AS (
-    DELETE FROM metered_ai.open_hold AS h USING fitting AS f WHERE h.account_no = f.no AND h.hold_id = f.hold_id
+    DELETE FROM metered_ai.open_hold AS h USING fitting AS f WHERE h.ctid = f.hold_place AND h.account_no = f.no
 ),
 ended AS (
     INSERT INTO metered_ai.ended_hold (
