@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 
+from metered_ai import Billing
 from metered_ai.core.steps import AddGrant
 from metered_ai.ledger.leases import new_hold_id
 from metered_ai.ledger.postgres import PostgresLedger
@@ -60,13 +61,15 @@ def with_schema(url: str, schema: str) -> str:
 
 
 async def calls(ledger: PostgresLedger, count: int, customers: int) -> None:
+    """As the async clients do: what one turn of the loop has to do is handed over together."""
+    settler = Billing(ledger)._settler
     left = iter(range(count))
 
     async def work() -> None:
         for number in left:
             hold_id, customer = new_hold_id(), f"customer_{number % customers}"
-            await asyncio.wrap_future(ledger.submit(place(hold_id, customer)))
-            await asyncio.wrap_future(ledger.submit(settle(hold_id, customer)))
+            await settler.run(place(hold_id, customer))
+            await settler.run(settle(hold_id, customer))
 
     await asyncio.gather(*(work() for _ in range(CALLERS)))
 

@@ -143,7 +143,7 @@ def test_again(path, postgres):
 
 def test_killed(path, postgres, fork, monkeypatch):
     """Killed after each step that it takes, it goes on where it was; until it is complete nobody can bill on the copy."""
-    monkeypatch.setattr(copying, "PIECE", 17)
+    monkeypatch.setattr(copying, "PIECE", 4)
 
     def act(tell, die_at):
         seen = 0
@@ -180,7 +180,7 @@ def test_killed(path, postgres, fork, monkeypatch):
                 billing.record("ada", "calls", transaction_id="early", amount=1)
 
     assert deaths > 15
-    assert begun > 10
+    assert begun > 8
     equal(path, postgres)
 
 
