@@ -86,7 +86,7 @@ def test_found():
     found = {page: [snippet.language for snippet in SNIPPETS if snippet.page == page] for page in PAGES}
 
     assert ["promises.md"] == [page.name for page in PAGES if not found[page]]
-    assert {"python", "sh", "text"} == {language for page in PAGES for language in found[page]}
+    assert {"python", "sh", "sql", "text"} == {language for page in PAGES for language in found[page]}
     assert ["text", "python", "text"] == found[DOCS / "errors.md"]
 
 

@@ -27,6 +27,7 @@ from metered_ai import (
 from metered_ai.core.steps import Place, Release, Settle
 from metered_ai.ledger import copying
 from metered_ai.ledger.postgres import PostgresLedger
+from metered_ai.ledger.spool import Spool
 from metered_ai.ledger.sqlite import SqliteLedger
 from metered_ai.records import Usage
 from tests.proof.children import LONG
@@ -233,6 +234,13 @@ class TestRefused:
             copying.copy_ledger(here, there, tell=tell)
         assert 1 == len(refused)
         equal(path, postgres)
+
+    def test_spool(self, path, postgres):
+        """Usage that waits in a spool would be missing: it is refused until that is brought in."""
+        settle = Settle("gone", "ada", "calls", 3, "gen_late", "reported", fingerprint="late")
+        Spool(path).write(settle)
+        done = run(path, postgres, check=False)
+        assert (2, True) == (done.returncode, "metered-ai recover" in done.stderr)
 
     def test_other_data(self, path, postgres):
         """A target that has a ledger's data already is left alone."""

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError
@@ -118,6 +119,7 @@ def copy_ledger(
     where holds are open or a database is away, LedgerCorruptError where one side is not sound or the two are not equal.
     """
     _wait_for_holds(source, wait)
+    _check_spool(source)
     with _fenced(source) as here, target._translated(), target._sessions.use(5.0) as there:
         return _Copy(here, there, source, target, tell).run()
 
@@ -129,6 +131,15 @@ def _wait_for_holds(source: SqliteLedger, wait: float) -> None:
             raise _has_holds(source, count)
         source.sweep()
         time.sleep(min(0.5, max(0.01, deadline - time.monotonic())))
+
+
+def _check_spool(source: SqliteLedger) -> None:
+    """What lies in a spool is billed when the source is opened next, and would be missing from the copy."""
+    path = Path(source.path)
+    if any(found.name.startswith(f"{path.name}.spool-") for found in path.parent.iterdir()):
+        raise BillingUnavailableError(
+            f"usage waits beside {source.name} to be written to it; `metered-ai recover` brings it in"
+        )
 
 
 def _has_holds(source: SqliteLedger, count: int) -> BillingUnavailableError:
