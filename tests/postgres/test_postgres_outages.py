@@ -157,27 +157,31 @@ def test_settle_arrives(own_server, own_url, spool, fork, is_killed):
 class TestHanging:
     """A backend that stands still ends no statement by itself, and no time-out of the server's fires in it."""
 
-    def test_hold(self, own_server, own_url, spool, provider, is_async):
-        """A call is refused within its patience and nothing is sent; the next ones go by another connection."""
+    @pytest.mark.parametrize("is_handed_over", [False, True], ids=["run", "submit"])
+    def test_hold(self, own_server, own_url, spool, is_handed_over):
+        """
+        A hold goes by another connection or is refused, within its patience and not a settle's. One that was refused leaves nothing
+        behind, whatever the backend does when it goes on.
+        """
         with connect(own_url, spool=spool, hold_patience=0.5, settle_patience=20.0) as billing:
             billing.grant("ada", "generations", 5, id="order_1")
-            shell = Shell(provider, billing, is_async=is_async)
-            client = shell.client(max_retries=0)
-            shell.run(client.chat.completions.create(**CALL))
+            ledger = billing.ledger
+            for step in (Place("first", "ada", "generations", 1, None), Place("other", "eve", "generations", 0, None)):
+                ledger.run(step)
             assert own_server.stand_still()
 
             began = time.monotonic()
-            with pytest.raises(BillingUnavailableError):
-                shell.run(client.chat.completions.create(**CALL))
+            step = Place("second", "ada", "generations", 1, None)
+            try:
+                ledger.submit(step).result() if is_handed_over else ledger.run(step)
+                held = 2
+            except BillingUnavailableError:
+                held = 1
             took = time.monotonic() - began
-            sent = len(provider.requests)
             until(lambda: _is_placed(billing), "holds go by another connection")
             own_server.go_on()
-            # What the backend does when it goes on leaves no hold behind.
-            until(lambda: not _is_asked(own_server), "the backend comes to its end")
-            until(lambda: billing.balance("ada", "generations").held == 0, "the hold that nobody waited for ends")
-            shell.finish()
-            assert 1 == sent
+            until(lambda: not _is_asked(own_server), "the backends come to their end")
+            until(lambda: billing.balance("ada", "generations").held == held, "the hold that nobody waited for ends")
             # Half a second is allowed; a busy machine may take longer, but not as long as a settle may.
             assert took < 10
             assert () == billing.verify().broken

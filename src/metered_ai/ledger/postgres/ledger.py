@@ -18,6 +18,7 @@ from ...core.steps import (
     Enlarge,
     Place,
     Record,
+    Release,
     Renew,
     Revoke,
     Settle,
@@ -403,6 +404,7 @@ class PostgresLedger(Reading):
             for index, ticket in enumerate(tickets):
                 if index not in outcomes:
                     ticket.trouble = told
+                    ticket.is_in_doubt = ticket.is_in_doubt or failures.is_lost(error)
                     outcomes[index] = Locked() if waits else self._told(error)
         return [outcomes[index] for index in range(len(tickets))]
 
@@ -564,6 +566,11 @@ class PostgresLedger(Reading):
     def _out_of_patience(self, job: Job) -> Exception:
         ticket: Ticket = job.step
         self._order.leave((ticket,))
+        if ticket.is_in_doubt and isinstance(ticket.step, Place):
+            # Its caller is refused, so no hold may stay; where it comes later than this, it finds that it was released.
+            self.submit(
+                Release(ticket.step.hold_id, ticket.step.customer, ticket.step.meter, reason="cancelled", sent="no")
+            )
         trouble = ticket.trouble or BillingUnavailableError(f"the ledger {self.name} was not to be had")
         told = type(trouble)(f"{trouble}; waited {job.patience:g} s") if isinstance(trouble, MeteringError) else trouble
         told.__cause__ = trouble.__cause__
