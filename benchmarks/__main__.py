@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import calls, growth, imports, instructions, ledger, loop_lag
+from . import calls, fleet, growth, imports, instructions, ledger, loop_lag
 from .figures import Figure, table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="part", help="instructions, calls, ledger, import, lag, growth (all)"
+        "parts", nargs="*", metavar="part", help="instructions, calls, ledger, import, lag, growth, fleet (all)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and events: a first look")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is not reached")
@@ -32,6 +32,7 @@ def main() -> int:
             "ledger": lambda: ledger.measure(folder, 2 if is_quick else 7),
             "instructions": lambda: instructions.measure(folder),
             "calls": lambda: calls.measure(folder, 7 if is_quick else 41),
+            "fleet": lambda: fleet.measure(folder, 2 if is_quick else 7, 100_000 if is_quick else 1_000_000),
             "lag": lambda: loop_lag.measure(folder, 3 if is_quick else 21),
         }
         unknown = set(arguments.parts) - parts.keys()

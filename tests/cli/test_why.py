@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime
 
 import pytest
 
-from metered_ai import Usage, UsageEvent
-from metered_ai.cli.story import Story, _told
+from metered_ai import Billing, Usage
 from metered_ai.core.steps import Place, Release, Settle
 from metered_ai.ledger.leases import new_hold_id
+from metered_ai.services import Delivery
+from tests.delivery.tab import Tab
 
 ADA, GEN = "ada", "generations"
 
@@ -77,7 +77,7 @@ def test_json(cli, story):
     (found,) = json.loads(cli("why", "gen_resp_1", "--json")[1])
     documented = cli("why", "--help")[1].split("JSON", 1)[1].split("Options:")[0].replace(",", " ").replace(".", " ")
 
-    assert "customer meter event hold grants corrections parent covered story".split() == list(found)
+    assert "customer meter event hold grants corrections parent covered service outbox story".split() == list(found)
     assert [] == [key for key in found if key not in documented.split()]
     assert ("gen_resp_1", None, 2) == (found["event"]["transaction_id"], found["hold"], len(found["grants"]))
     assert "who: ada on generations" == found["story"][0]
@@ -169,19 +169,17 @@ def test_nothing(cli, billing):
     assert "customer 'bob', meter 'images'" in cli("why", "nope", "--customer", "bob", "--meter", "images")[2]
 
 
-@pytest.mark.parametrize(
-    ("delivered", "has_service", "words"),
-    [
-        (None, False, "none: this ledger tells no remote service"),
-        (None, True, "waits in the outbox"),
-        ({}, True, "delivered"),
-        ({"price": "price_7", "id": "ue_1\x1b"}, True, "delivered: price price_7, id ue_1\\x1b"),
-    ],
-)
-def test_delivery(delivered, has_service, words):
-    """Where there is a service the story says whether it has been told, and what it answered."""
-    now = datetime.now(UTC)
-    event = UsageEvent(ADA, GEN, "gen_1", 1, now, "reported", delivered=delivered)
-    story = Story(ADA, GEN, event, None, [], [], None, [])
+def test_delivery(cli, path):
+    """Where there is a service the story says whether it has been told, what it answered, and why not."""
+    tab = Tab(credits=9)
+    with Billing(f"sqlite:///{path}", service=tab) as billing:
+        for name, fault in (("told", None), ("free", None), ("stuck", Delivery("dead", "no such price\x1b"))):
+            tab.fault = lambda _, fault=fault: fault
+            billing.record(ADA, GEN, transaction_id=name, amount=0 if name == "free" else 1)
+            billing.deliver()
 
-    assert ("delivery", words) == list(_told(story, has_service=has_service))[-1]
+    assert [
+        "delivered: line 1",
+        "none: tab (test) is not told of 0 credits",
+        "dead in the outbox, tried 1 time: no such price\\x1b",
+    ] == [dict(told(cli("why", name)[1]))["delivery"] for name in ("told", "free", "stuck")]

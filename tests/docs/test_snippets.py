@@ -101,7 +101,7 @@ def test_found():
     found = {page: [snippet.language for snippet in SNIPPETS if snippet.page == page] for page in PAGES}
 
     assert ["promises.md"] == [page.name for page in PAGES if not found[page]]
-    assert {"python", "sh", "text", "html", "js"} == {language for page in PAGES for language in found[page]}
+    assert {"python", "sh", "sql", "text", "html", "js"} == {language for page in PAGES for language in found[page]}
     assert ["text", "python", "text"] == found[DOCS / "errors.md"]
 
 

@@ -49,7 +49,7 @@ def test_insufficient_credits():
 
 OTHERS = [
     (AlreadyBilledError(customer="ada", meter="m", transaction_id="req_1"), 409, "already_billed", False),
-    (FeatureRequiredError("ada's plan has no images"), 403, "feature_required", False),
+    (FeatureRequiredError(customer="ada", feature="images"), 403, "feature_required", False),
     (BillingUnavailableError("sqlite:////srv/credits.db is locked"), 503, "billing_unavailable", True),
     (UnmeteredCallError("batches cannot be metered"), 501, "unmetered_call", True),
     (CustomerRequiredError("no customer for responses"), 500, "billing_error", True),

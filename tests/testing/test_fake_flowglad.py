@@ -271,6 +271,7 @@ def test_fixture(project):  # noqa: F811  as above
 
             assert 5 == service.read_balance("ada", "generations").available
             assert 2 == len(flowglad.requests)
+            service.close()
 
         def test_after():
             assert not [name for name in os.environ if name.startswith("FLOWGLAD_")]

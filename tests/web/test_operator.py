@@ -11,7 +11,6 @@ import subprocess
 import sys
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,11 +18,14 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 import metered_ai
+from metered_ai import Billing
 from metered_ai.cli import main
 from metered_ai.core.steps import Place
+from metered_ai.services import Delivery
 from metered_ai.web.operator import OperatorView
 from metered_ai.web.tokens import LONGEST, Tokens
-from tests.web.scenes import GEN, HOSTILE, LEVELS, away, use
+from tests.delivery.tab import Tab
+from tests.web.scenes import GEN, HOSTILE, LEVELS, away
 from tests.web.test_page import text_of
 
 HOST = "127.0.0.1:8123"
@@ -148,16 +150,19 @@ def test_one_customer(levels, tokens):
     assert set() == {other for other in LEVELS if other != "high" and f"<bdi>{other}</bdi>" in html}
 
 
-def test_outbox(levels, tokens, monkeypatch):
-    """Where there is a service, what it has not been told stands there, with the reason."""
-    event = use(levels, "ok", 2, 7)
-    rows = [SimpleNamespace(event=event, state="parked", amount=2, attempts=4, reason="no subscription")]
-    monkeypatch.setattr(type(levels), "outbox", lambda _, __: iter(rows), raising=False)
-    monkeypatch.setattr(levels, "settings", SimpleNamespace(**dict(levels.settings), service="a service"))
-    said = text_of(entered(OperatorView(levels, tokens, hosts=[HOST])).get("/").text)
+def test_outbox(tmp_path, tokens):
+    """Where there is a service, what it has not been told stands there, with the reason; also without the service at hand."""
+    tab = Tab(credits=9)
+    tab.fault = lambda _: Delivery("park", "no subscription")
+    url = f"sqlite:///{tmp_path}/credits.db"
+    with Billing(url, service=tab) as billing:
+        billing.record("ada", "generations", transaction_id="export_7", amount=2)
+        billing.deliver()
+    with Billing(url) as billing:
+        said = text_of(entered(OperatorView(billing, tokens, hosts=[HOST])).get("/").text)
 
     assert "1 in the outbox" in said
-    assert "ok generations 2 parked 4 no subscription gen_resp_ok_7" in said
+    assert "ada generations 2 parked 1 no subscription export_7" in said
 
 
 def test_hostile(billing, tokens):

@@ -105,7 +105,7 @@ def opened(url: str | None, *, creates: bool = False, is_read: bool = False) -> 
             "memory:// lives inside one program; the command line needs a file: --ledger sqlite:///credits.db"
         )
     path = kept_in.removeprefix("sqlite:///")
-    if not creates and path != kept_in and not _has_content(path):
+    if not creates and path != kept_in and not has_content(path):
         raise _nothing_at(repr(path))
     with connect(url, hold_patience=PATIENCE, settle_patience=PATIENCE) as billing:
         if not creates and path == kept_in and not _has_schema(billing):
@@ -125,7 +125,7 @@ def _has_schema(billing: Billing) -> bool:
     return not isinstance(billing.ledger, PostgresLedger) or billing.ledger.is_made()
 
 
-def _has_content(path: str) -> bool:
+def has_content(path: str) -> bool:
     # A reading command must not turn an empty file into a ledger either.
     try:
         return os.stat(path).st_size > 0
@@ -348,7 +348,7 @@ def events(
     one_format(json=json, csv=csv)
     check_filters(customer, meter)
     first, end = read_dates(since, until)
-    with opened(ledger) as billing:
+    with opened(ledger, is_read=True) as billing:
         found = billing.usage_events(customer, meter, since=first, until=end)
         if (json or csv) and not limit:
             _print_list(EVENTS, found, csv=csv)
@@ -401,7 +401,7 @@ def holds(
     one_format(json=json, csv=csv)
     check_filters(customer, meter)
     first, end = read_dates(since, until)
-    with opened(ledger) as billing:
+    with opened(ledger, is_read=True) as billing:
         every = billing.holds(customer, meter, state=None if state is None else state.value)
         found = (
             hold
@@ -442,7 +442,7 @@ def recover(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: released, charged, in_doubt (calls), charged_amount, replayed, parked, still_open.
     """
-    with opened(ledger) as billing, show.busy("Resolving what was left behind…"):
+    with opened(ledger, is_read=True) as billing, show.busy("Resolving what was left behind…"):
         found = billing.recover()
         still_open = sum(1 for _ in billing.holds(state="open"))
 
@@ -462,7 +462,7 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
 
     JSON: is_sound, accounts, events, grants, open_holds, in_doubt (calls), in_doubt_amount, debt, broken (sentences).
     """
-    with opened(ledger) as billing, show.busy("Adding everything up again…"):
+    with opened(ledger, is_read=True) as billing, show.busy("Adding everything up again…"):
         found = billing.verify()
 
     if json:
@@ -475,6 +475,6 @@ def verify(ledger: Ledger = None, json: Json = False) -> int:
 
 
 # These have commands, too, and stand behind those above in --help.
-from . import migration, outbox, serving, story, usage  # noqa: E402
+from . import copying, migration, outbox, serving, story, usage  # noqa: E402
 
-_MORE = (usage, story, migration, outbox, serving)
+_MORE = (usage, story, outbox, migration, copying, serving)

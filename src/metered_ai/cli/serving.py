@@ -44,7 +44,7 @@ def serve(
     from ..web.operator import OperatorView
     from ..web.tokens import Tokens
 
-    with opened(ledger) as billing:
+    with opened(ledger, is_read=True) as billing:
         # Before anything listens: a ledger that cannot be read is a mistake to tell here.
         billing.balance("serve", "serve")
         sock = _listen(port)

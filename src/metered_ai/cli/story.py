@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..billing import Billing
 from ..core.checks import check_name
-from ..records import Grant, Hold, UsageEvent
+from ..records import Grant, Hold, Undelivered, UsageEvent
 from . import show
 from .commands import ForCustomer, ForMeter, Json, Ledger, NotFoundError, app, check_filters, opened
 
@@ -52,6 +52,8 @@ class Story:
     corrections: list[UsageEvent]
     parent: UsageEvent | None
     covered: list[UsageEvent]
+    service: str | None = None
+    outbox: Undelivered | None = None
 
 
 @app.command()
@@ -68,26 +70,24 @@ def why(
     A hold's id tells why a call was not charged. An id that several customers or meters have gives a story for each. Exits with 1 if
     nothing has this id.
 
-    JSON, a list: customer, meter, event, hold, grants, corrections, parent, covered, story (sentences). event and hold may be null; they
-    and the rest have the keys that `events`, `holds` and `grant` name.
+    JSON, a list: customer, meter, event, hold, grants, corrections, parent, covered, service (who is told), outbox, story (sentences).
+    event, hold and outbox may be null; they and the rest have the keys that `events`, `holds`, `outbox` and `grant` name.
     """
     check_name(transaction_id, "TRANSACTION_ID", 255)
     check_filters(customer, meter)
-    with opened(ledger) as billing, show.busy("Looking through the accounts…"):
+    with opened(ledger, is_read=True) as billing, show.busy("Looking through the accounts…"):
         stories = list(_stories(billing, transaction_id, customer, meter))
-        has_service = getattr(billing.settings, "service", None) is not None
 
     if json:
         show.print_json_list(
-            {**show.plain(story), "story": [": ".join(line) for line in _told(story, has_service=has_service)]}
-            for story in stories
+            {**show.plain(story), "story": [": ".join(line) for line in _told(story)]} for story in stories
         )
     else:
         out = show.console()
         for number, story in enumerate(stories):
             if number:
                 out.print()
-            for what, words in _told(story, has_service=has_service):
+            for what, words in _told(story):
                 out.print(Text.assemble((f"{what:<12}", "bold"), words))
     if not stories:
         raise NotFoundError(f"no usage event and no hold has the id {transaction_id!r}{_within(customer, meter)}")
@@ -147,7 +147,12 @@ def _story(billing: Billing, customer: str, meter: str, event: UsageEvent | None
     if cover is not None:
         found = billing.ledger.usage_events(customer, None, _placed_at(cover))
         parent = next((each for each in found if each.hold_id == cover and each.kind != "correction"), None)
-    return Story(customer, meter, event, hold, grants, corrections, parent, covered)
+    service = getattr(billing.ledger, "service", None)
+    outbox = None
+    if service is not None and event is not None and event.delivered is None:
+        waiting = billing.outbox(customer, meter)
+        outbox = next((row for row in waiting if row.event.transaction_id == event.transaction_id), None)
+    return Story(customer, meter, event, hold, grants, corrections, parent, covered, service, outbox)
 
 
 def _placed_at(hold_id: str) -> datetime | None:
@@ -162,7 +167,7 @@ def _placed_at(hold_id: str) -> datetime | None:
 # ---- in words ----
 
 
-def _told(story: Story, *, has_service: bool) -> Iterator[tuple[str, str]]:
+def _told(story: Story) -> Iterator[tuple[str, str]]:
     event, hold = story.event, story.hold
     yield "who", f"{show.shown(story.customer)} on {show.shown(story.meter)}"
     yield from _grants(story)
@@ -200,7 +205,7 @@ def _told(story: Story, *, has_service: bool) -> Iterator[tuple[str, str]]:
             "noted",
             ", ".join(f"{show.shown(str(name))}={show.shown(str(value))}" for name, value in event.properties.items()),
         )
-    yield "delivery", _delivery(event, has_service=has_service)
+    yield "delivery", _delivery(event, story)
 
 
 def _grants(story: Story) -> Iterator[tuple[str, str]]:
@@ -291,8 +296,13 @@ def _unsettled(hold: Hold) -> Iterator[tuple[str, str]]:
     yield "charged", "nothing" if hold.state != "charged" else "by policy: see the usage event of this hold"
 
 
-def _delivery(event: UsageEvent, *, has_service: bool) -> str:
+def _delivery(event: UsageEvent, story: Story) -> str:
     if event.delivered is not None:
         details = ", ".join(f"{show.shown(name)} {show.shown(value)}" for name, value in event.delivered.items())
         return f"delivered{f': {details}' if details else ''}"
-    return "waits in the outbox" if has_service else "none: this ledger tells no remote service"
+    if story.service is None:
+        return "none: this ledger tells no remote service"
+    if story.outbox is None:
+        return f"none: {show.shown(story.service)} is not told of 0 credits"
+    reason = f": {show.shown(story.outbox.reason)}" if story.outbox.reason else ""
+    return f"{story.outbox.state} in the outbox, tried {show.count(story.outbox.attempts, 'time')}{reason}"

@@ -88,7 +88,7 @@ def usage(
         start = first or datetime.now(UTC) - timedelta(days=_DAYS)
         return list(billing.usage(customer, meter, since=start, until=end, by=parts))
 
-    with opened(ledger) as billing:
+    with opened(ledger, is_read=True) as billing:
         if json or csv:
             sums = read(billing)
             if json:

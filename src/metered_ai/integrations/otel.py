@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -118,11 +117,9 @@ class _Metrics:
         meter.create_observable_up_down_counter(
             "metered_ai.debt", [self._sum_debts], "{credit}", "Debt of accounts that this process took into debt"
         )
-        if hasattr(billing, "outbox"):
-            # Where a remote service is told of the usage.
-            meter.create_observable_gauge(
-                "metered_ai.outbox.age", [self._outbox_age], "s", "Age of the oldest usage event not yet delivered"
-            )
+        meter.create_observable_gauge(
+            "metered_ai.outbox.age", [self._outbox_age], "s", "Age of the oldest usage event not yet delivered"
+        )
         meter.create_observable_up_down_counter(
             "metered_ai.spool.waiting", [self._count_waiting], "{settle}", "Settles that wait for the ledger"
         )
@@ -195,11 +192,11 @@ class _Metrics:
         return _by_meter(debts)
 
     def _outbox_age(self, _: CallbackOptions) -> Iterable[Observation]:
-        billing: Any = self._billing()
-        if billing is None or not billing._is_open:
+        billing = self._billing()
+        # Where a remote service is told of the usage, and nowhere else.
+        if billing is None or not billing._is_open or getattr(billing.ledger, "service", None) is None:
             return []
-        oldest = min((event.created_at.timestamp() for event in billing.outbox()), default=None)
-        return [Observation(0.0 if oldest is None else max(0.0, time.time() - oldest))]
+        return [Observation(billing.outbox_summary().oldest or 0.0)]
 
     def _count_waiting(self, _: CallbackOptions) -> Iterable[Observation]:
         billing = self._billing()

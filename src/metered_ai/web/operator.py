@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 
 from ..billing import Billing
 from ..errors import BillingUnavailableError
-from ..records import Balance, Grant, Hold, UsageEvent
+from ..records import Balance, Grant, Hold, Undelivered, UsageEvent
 from .answers import PRIVATE, file_answer, html_answer, refusal
 from .newest import newest_events
 from .tokens import LONGEST, Tokens
@@ -67,7 +67,7 @@ class _Overview:
     open_count: int = 0
     doubtful: list[Hold] = field(default_factory=list[Hold])
     doubtful_count: int = 0
-    outbox: list[Any] | None = None
+    outbox: list[Undelivered] | None = None
     outbox_count: int = 0
     links: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -197,12 +197,11 @@ class OperatorView:
         shown.outbox, shown.outbox_count = self._outbox()
         return shown
 
-    def _outbox(self) -> tuple[list[Any] | None, int]:
+    def _outbox(self) -> tuple[list[Undelivered] | None, int]:
         """What a remote service has not been told yet; None where there is no service."""
-        ask = getattr(self._billing, "outbox", None)
-        if ask is None or getattr(self._billing.settings, "service", None) is None:
+        if getattr(self._billing.ledger, "service", None) is None:
             return None, 0
-        rows = iter(ask(self._customer))
+        rows = self._billing.outbox(self._customer)
         kept = list(islice(rows, ROWS))
         return kept, len(kept) + sum(1 for _ in rows)
 

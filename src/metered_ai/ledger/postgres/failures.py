@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ...errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError, MeteringError
 
-__all__ = ["cleaned", "is_locked", "is_passing", "is_race", "state_of", "translate"]
+__all__ = ["cleaned", "is_locked", "is_lost", "is_passing", "is_race", "state_of", "translate"]
 
 _LOCKED = frozenset({"55P03"})
 # Two transactions made the same account at once, or met in a deadlock: the loser finds things settled when it comes again.
@@ -56,6 +56,14 @@ def is_passing(error: BaseException) -> bool:
         # The driver's own: no connection, or one that was lost. A wrong use of it is another kind of error.
         return isinstance(error, psycopg.OperationalError | OSError)
     return state[:2] in ("08", "57") or state in _PASSING or (state[:2] == "53" and state != "53100")
+
+
+def is_lost(error: BaseException) -> bool:
+    """The driver's or the server's word that an answer was lost, so that nobody knows whether the step was done."""
+    import psycopg
+
+    state = state_of(error)
+    return isinstance(error, psycopg.Error) and (state is None or state[:2] in ("08", "57") or state == "40003")
 
 
 def translate(error: Exception, name: str, secrets: Iterable[str] = ()) -> Exception:

@@ -18,6 +18,7 @@ from ...core.steps import (
     Enlarge,
     Place,
     Record,
+    Release,
     Renew,
     Revoke,
     Settle,
@@ -25,7 +26,13 @@ from ...core.steps import (
     Step,
     StepResult,
 )
-from ...errors import BillingUnavailableError, ConfigurationError, MeteringError
+from ...errors import (
+    BillingUnavailableError,
+    ConfigurationError,
+    LedgerCorruptError,
+    MeteringError,
+    SchemaTooNewError,
+)
 from .. import Outcomes
 from ..book import TOMBSTONE_KEPT, Sweep
 from ..commits import Handed, Job, Locked, OneOfSeveral, Several
@@ -378,7 +385,7 @@ class PostgresLedger(Reading):
         patience = max(map(self._patience, (ticket.step for ticket in tickets)))
         try:
             self._ready()
-            with self._sessions.use(patience, is_settle=lane.is_settle) as connection:
+            with self._sessions.use(patience, is_settle=lane.is_settle, is_step=True) as connection:
                 for index, ticket in enumerate(tickets):
                     if lane is not self._aside_lane and self._order.is_aside(ticket):
                         # What came before it waits for a lock, and so does this then.
@@ -388,13 +395,16 @@ class PostgresLedger(Reading):
                 self._one_by_one(connection, lane, tickets, outcomes)
         except Exception as error:  # noqa: BLE001  Nobody may wait for ever.
             told = self._told(error)
-            waits = isinstance(error, BillingUnavailableError) or failures.is_passing(error)
+            # What is wrong with the schema is still wrong later.
+            is_final = isinstance(error, LedgerCorruptError | SchemaTooNewError)
+            waits = (isinstance(error, BillingUnavailableError) and not is_final) or failures.is_passing(error)
             if waits:
                 # Others that are idle may be lost as well.
                 self._sessions.forget_idle()
             for index, ticket in enumerate(tickets):
                 if index not in outcomes:
                     ticket.trouble = told
+                    ticket.is_in_doubt = ticket.is_in_doubt or failures.is_lost(error)
                     outcomes[index] = Locked() if waits else self._told(error)
         return [outcomes[index] for index in range(len(tickets))]
 
@@ -556,6 +566,11 @@ class PostgresLedger(Reading):
     def _out_of_patience(self, job: Job) -> Exception:
         ticket: Ticket = job.step
         self._order.leave((ticket,))
+        if ticket.is_in_doubt and isinstance(ticket.step, Place):
+            # Its caller is refused, so no hold may stay; where it comes later than this, it finds that it was released.
+            self.submit(
+                Release(ticket.step.hold_id, ticket.step.customer, ticket.step.meter, reason="cancelled", sent="no")
+            )
         trouble = ticket.trouble or BillingUnavailableError(f"the ledger {self.name} was not to be had")
         told = type(trouble)(f"{trouble}; waited {job.patience:g} s") if isinstance(trouble, MeteringError) else trouble
         told.__cause__ = trouble.__cause__

@@ -24,7 +24,19 @@ _LOOKS_EVERY = 0.1
 class Ticket:
     """A step under way. `start` hands it over once nothing is before it."""
 
-    __slots__ = ("account", "goes_on", "is_aside", "job", "lane", "step", "then", "trouble", "waits", "where")
+    __slots__ = (
+        "account",
+        "goes_on",
+        "is_aside",
+        "is_in_doubt",
+        "job",
+        "lane",
+        "step",
+        "then",
+        "trouble",
+        "waits",
+        "where",
+    )
 
     def __init__(self, step: Any) -> None:
         self.step = step
@@ -41,6 +53,8 @@ class Ticket:
         self.is_aside = False
         # Why it has not been done yet.
         self.trouble: Exception | None = None
+        # An answer was lost: it may have been done, or be done yet.
+        self.is_in_doubt = False
 
 
 class Order:

@@ -96,12 +96,17 @@ class Sessions:
         self.is_over = False
 
     @contextmanager
-    def use(self, patience: float, *, is_settle: bool = False) -> Generator[Connection]:
-        """A connection in autocommit, in no transaction. One that comes back in any other state is not lent again."""
+    def use(self, patience: float, *, is_settle: bool = False, is_step: bool = False) -> Generator[Connection]:
+        """
+        A connection in autocommit, in no transaction. One that comes back in any other state is not lent again.
+
+        A step waits for each answer no longer than for a connection; what reads a lot may take as long as any connection allows.
+        """
         if is_settle:
             with self._own_lock:
                 connection, self._own = self._own or self._open(patience), None
                 try:
+                    _limit_wait(connection, patience if is_step else None)
                     yield connection
                 finally:
                     if self._lender.spares_one and self._is_well(connection) and not self.is_over:
@@ -111,6 +116,7 @@ class Sessions:
             return
         connection = self._take(patience)
         try:
+            _limit_wait(connection, patience if is_step else None)
             yield connection
         finally:
             with self._free:
@@ -224,7 +230,14 @@ def connector(
                 f"the ledger {name} cannot be reached: {cleaned(str(error), secrets)}"
             ) from None
         if isinstance(connection, PatientConnection):
-            connection.patience = patience + 1
+            connection.longest = connection.patience = patience + 1
         return connection
 
     return connect
+
+
+def _limit_wait(connection: Connection, patience: float | None) -> None:
+    from .patient import PatientConnection
+
+    if isinstance(connection, PatientConnection):
+        connection.limit_wait(patience)

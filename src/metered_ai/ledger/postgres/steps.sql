@@ -1,5 +1,6 @@
 -- What steps do one by one, inside a transaction that has locked their accounts. The names and parameters are those of ledger/steps.sql;
 -- the ways that take many steps at once are in batches.sql. The schema's name stands for whichever was configured.
+-- `account` locks once more, for one that was not there yet when accounts were locked: what is written back is the whole row.
 
 -- name: release_fast
 SELECT a.no, h.amount, h.is_unlimited, h.placed_at, h.parent, h.endpoint, h.model, h.price_slug, h.properties
@@ -23,7 +24,7 @@ DELETE FROM metered_ai.open_hold WHERE account_no = $1 AND hold_id = $2
 SELECT
     no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
     events, last_event_at
-FROM metered_ai.account WHERE customer = $1 AND meter = $2
+FROM metered_ai.account WHERE customer = $1 AND meter = $2 FOR NO KEY UPDATE
 
 -- name: account_by_no
 SELECT
