@@ -12,6 +12,7 @@ from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.testing import Clock, SharedLedgerContract
 from metered_ai.testing.contract.books import Together
 from metered_ai.testing.contract.holds import Placing, Releasing
+from metered_ai.testing.contract.serving import ServiceLedgerContract
 from metered_ai.testing.contract.settles import Late, SameAnswer, Settling
 from tests.postgres.server import drop_schemas, new_schema, with_schema
 
@@ -44,3 +45,17 @@ class TestPostgresOneByOne(Placing, Settling, SameAnswer, Late, Releasing, Toget
     def make_ledger(self, tmp_path: Path, clock: Clock) -> Ledger:
         schema = self.schemas.setdefault(tmp_path, new_schema())
         return OneByOne(with_schema(self.server, schema), clock=clock)
+
+
+class TestPostgresService(ServiceLedgerContract):
+    """What it promises besides, where a remote service owns the balances."""
+
+    _server = TestPostgres._server
+    make_ledger = TestPostgres.make_ledger
+
+
+class TestPostgresServiceOneByOne(ServiceLedgerContract):
+    """The same where no step goes in a batch: triggers alone write the outbox."""
+
+    _server = TestPostgres._server
+    make_ledger = TestPostgresOneByOne.make_ledger

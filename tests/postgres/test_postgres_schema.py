@@ -58,9 +58,9 @@ EVERYTHING: list[Step] = [
 
 
 def test_the_same_names() -> None:
-    """Every statement that the book and the reports run on SQLite is there for PostgreSQL, but those of quick ways of its own."""
+    """Every statement that the book, the outbox and the reports run on SQLite is there for PostgreSQL, but those of quick ways of its own."""
     own_ways = {"reserve_fast", "settle_fast", "used", "used_unlimited"}
-    for file in ("steps", "reads", "verify"):
+    for file in ("steps", "reads", "verify", "outbox"):
         assert set(named_parts(f"{file}.sql")) - own_ways <= set(named_parts(f"postgres/{file}.sql"))
 
 
@@ -105,7 +105,8 @@ class TestMigrating:
         broken = (*MIGRATIONS, Migration("broken", 1))
 
         def read(file: str, schema: str) -> bytes:
-            return b"SELECT 1 / 0" if file == "broken" else in_schema("CREATE TABLE metered_ai.account ()", schema)
+            made = file.removesuffix(".sql")
+            return b"SELECT 1 / 0" if file == "broken" else in_schema(f'CREATE TABLE metered_ai."{made}" ()', schema)
 
         with pytest.raises(psycopg.errors.DivisionByZero):
             migrate(admin, schema_of(postgres), "here", migrations=broken, read=read)
@@ -144,7 +145,7 @@ class TestMigrating:
 
         with (
             closing(PostgresLedger(postgres, auto_migrate=False)) as ledger,
-            pytest.raises(ConfigurationError, match="version 1"),
+            pytest.raises(ConfigurationError, match="version 2"),
         ):
             ledger.balance("ada", "calls")
 

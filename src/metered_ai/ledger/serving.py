@@ -142,9 +142,13 @@ class Serving(Book):
             )
         self._execute(SQL["bound"], (step.service, now))
         self._execute(SQL["accounts_bound"], ())
+        self._keep_outbox()
+        self.serve(step.service)
+
+    def _keep_outbox(self) -> None:
+        """Have every usage event written into the outbox, too, from now on."""
         for statement in read_script("binding.sql"):
             self._execute(statement, ())
-        self.serve(step.service)
 
     # Balances
 

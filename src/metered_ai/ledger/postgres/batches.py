@@ -34,9 +34,10 @@ def is_usual(step: object) -> bool:
 class Batch:
     """Usual steps, and what came of those that were taken."""
 
-    def __init__(self, texts: Mapping[str, bytes], clock: Callable[[], int] | None) -> None:
+    def __init__(self, texts: Mapping[str, bytes], clock: Callable[[], int] | None, service: str | None) -> None:
         self._texts = texts
         self._clock = clock
+        self._service = service
         self._places: list[tuple[int, Place, str | None]] = []
         self._settles: list[tuple[int, Settle, str | None]] = []
         self._releases: list[tuple[int, Release]] = []
@@ -87,7 +88,7 @@ class Batch:
             if self._places:
                 if free or not (self._settles or self._releases):
                     self._lock(connection, f"batches.hold_locks{free}", (holding, is_durable))
-                placed = self._execute(connection, "batches.place", now, map(_place_row, self._places))
+                placed = self._execute(connection, "batches.place", now, map(_place_row, self._places), self._service)
         results: dict[int, object] = {}
         for cursor, steps, result_of in (
             (placed, self._places, _hold_of),
@@ -103,10 +104,10 @@ class Batch:
     def _lock(self, connection: Connection, name: str, parameters: Sequence[Any]) -> None:
         cursor_of(connection).execute(self._texts[name], parameters)
 
-    def _execute(self, connection: Connection, name: str, now: int | None, rows: Any) -> Cursor:
+    def _execute(self, connection: Connection, name: str, now: int | None, rows: Any, *more: Any) -> Cursor:
         cursor = cursor_of(connection)
         # One list for each column.
-        cursor.execute(self._texts[name], (now, *map(list, zip(*rows, strict=True))))
+        cursor.execute(self._texts[name], (now, *map(list, zip(*rows, strict=True)), *more))
         return cursor
 
 

@@ -100,7 +100,7 @@ FROM (
 ) AS l
 
 -- name: place
--- $1 is a test's clock. Of each account's holds as many are taken as fit one after the other; what is left goes its way singly, and
+-- $1 is a test's clock, $16 the service that the ledger was opened for: where it is bound to another one, nothing is taken. Of each account's holds as many are taken as fit one after the other; what is left goes its way singly, and
 -- is told there why. One UPDATE for each account decides, on the row as it is.
 WITH clock AS MATERIALIZED (
     SELECT coalesce($1::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint) AS now
@@ -127,6 +127,7 @@ asked AS (
         AND (a.next_expiry IS NULL OR a.next_expiry > clock.now)
         -- A lease of which a third is gone is extended first.
         AND (i.owner IS NULL OR o.lease_until >= clock.now + i.lease * 2 / 3)
+        AND NOT EXISTS (SELECT 1 FROM metered_ai.service AS b WHERE b.name IS DISTINCT FROM $16::text)
 ),
 counted AS (
     SELECT
@@ -171,7 +172,7 @@ WITH clock AS MATERIALIZED (
 asked AS (
     SELECT
         i.*, clock.now, a.no, a.used, a.unlimited_used, a.events, a.last_event_at, h.amount AS held, h.is_unlimited,
-        h.place AS hold_place, coalesce(h.transaction_id, i.transaction_id) AS name,
+        h.placed_at, h.place AS hold_place, coalesce(h.transaction_id, i.transaction_id) AS name,
         (
             SELECT k.event_no FROM metered_ai.usage_key AS k
             WHERE k.account_no = a.no AND k.transaction_id = coalesce(h.transaction_id, i.transaction_id)
@@ -229,6 +230,19 @@ written AS (
         model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
         output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters
     FROM fitting
+),
+-- Here and not by the trigger, for which the hold is gone already. Without a service nobody has a row there.
+told AS (
+    INSERT INTO metered_ai.outbox (event_no, account_no, amount, state, reference)
+    SELECT
+        (f.no << 32) + f.events + f.nth, f.no, f.amount, CASE WHEN s.parked_reason IS NULL THEN 'waiting' ELSE 'parked' END,
+        (
+            SELECT r.reference FROM metered_ai.service_reference AS r
+            WHERE r.account_no = f.no AND r.since <= f.placed_at ORDER BY r.since DESC LIMIT 1
+        )
+    FROM fitting AS f
+    CROSS JOIN LATERAL (SELECT * FROM metered_ai.service_account AS c WHERE c.account_no = f.no LIMIT 1) AS s
+    WHERE f.amount > 0
 ),
 used AS (
     UPDATE metered_ai.account AS a SET

@@ -12,7 +12,7 @@ from ..statements import named_parts, read_text
 __all__ = ["check_schema", "in_schema", "statements"]
 
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
-_FILES = ("steps", "reads", "verify", "batches")
+_FILES = ("steps", "reads", "verify", "outbox", "batches")
 
 
 def check_schema(name: object) -> str:

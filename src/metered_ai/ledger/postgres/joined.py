@@ -28,7 +28,9 @@ class Books:
     if it raises, while your transaction goes on.
     """
 
-    def __init__(self, connection: Connection, texts: Mapping[str, bytes], clock: Callable[[], int] | None) -> None:
+    def __init__(
+        self, connection: Connection, texts: Mapping[str, bytes], clock: Callable[[], int] | None, service: str | None
+    ) -> None:
         import psycopg
 
         if not isinstance(connection, psycopg.Connection):
@@ -38,6 +40,7 @@ class Books:
         self._connection = connection
         self._texts = texts
         self._clock = clock
+        self._service = service
         self.is_over = False
 
     def grant(self, customer: str, meter: str, amount: int, *, id: str, expires_at: datetime | None = None) -> Grant:
@@ -96,4 +99,7 @@ class Books:
         with connection.transaction():
             if lock is not None:
                 cursor.execute(self._texts[lock[0]], lock[1])
-            return PostgresBook(Statements(cursor, self._texts)).do(step, now if self._clock is None else self._clock())
+            cursor.execute(self._texts["outbox.service"])
+            bound = next((name for name, _ in cursor.fetchall()), None)
+            book = PostgresBook(Statements(cursor, self._texts), bound, self._service)
+            return book.do(step, now if self._clock is None else self._clock())

@@ -38,9 +38,11 @@ from ..book import TOMBSTONE_KEPT, Sweep
 from ..commits import Handed, Job, Locked, OneOfSeveral, Several
 from ..forks import ledgers
 from ..inputs import check
-from ..reading import Fetch, Reading
+from ..reading import Fetch
 from ..reports import Recovery, Verification
 from ..rows import Row
+from ..served import Served
+from ..serving import Ask, Bind, Hear, ServiceStep
 from ..statements import Statement
 from ..verify import verify
 from . import failures
@@ -62,15 +64,15 @@ __all__ = ["PostgresLedger"]
 
 _log = logging.getLogger("metered_ai.ledger")
 
-_DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, Sweep})
-_HOLDS = frozenset({Place, Enlarge, Renew})
+_DURABLE = frozenset({Settle, Record, AddGrant, Revoke, SetUnlimited, Enlarge, Sweep, Bind})
+_HOLDS = frozenset({Place, Enlarge, Renew, Ask, Hear})
 _RACES_AT_MOST = 5
 _LOCK_WAIT = 0.1
 """Seconds that a batch waits for somebody else's lock, before it goes on without that account."""
 _HOLD_LANES = 2
 
 
-class PostgresLedger(Reading):
+class PostgresLedger(Served):
     """
     Keeps credits in a PostgreSQL database, for any number of machines, processes, threads and event loops.
 
@@ -128,6 +130,7 @@ class PostgresLedger(Reading):
         self._clock = clock
         self._sql = statements(self.schema)
         self._is_closed = False
+        self._service: str | None = None
         self._start()
         ledgers.add(self)
 
@@ -192,7 +195,7 @@ class PostgresLedger(Reading):
         self._check_open()
         return cast("StepResult", self._do(step))
 
-    def _do(self, step: Step | Sweep) -> object:
+    def _do(self, step: Step | ServiceStep | Sweep) -> object:
         ticket = Ticket(step)
         lane, patience = self._lane_of(ticket), self._patience(step)
         job = Job(ticket, patience)
@@ -253,7 +256,7 @@ class PostgresLedger(Reading):
         # An account's holds all go one way, so that no two connections of ours wait for each other at its row.
         return self._hold_lanes[hash(ticket.account) % len(self._hold_lanes)]
 
-    def _patience(self, step: Step | Sweep) -> float:
+    def _patience(self, step: Step | ServiceStep | Sweep) -> float:
         return self._hold_patience if type(step) in _HOLDS else self._settle_patience
 
     def sweep(self, limit: int = 500) -> Recovery:
@@ -277,6 +280,17 @@ class PostgresLedger(Reading):
         self._check_open()
         recovery = cast("Recovery", self._do(Sweep(tuple(holds))))
         return recovery, holds[-1] if len(holds) == limit else None
+
+    def bind(self, service: str, /) -> None:
+        """Open for this service and no other, for ever. ConfigurationError, naming both, where the ledger belongs to another."""
+        # Binding locks everybody out for a moment, so that it is done once for all processes.
+        if self.service != service:
+            super().bind(service)
+        self._service = service
+
+    def _serve(self, step: ServiceStep) -> object:
+        self._check_open()
+        return self._do(step)
 
     def verify(self) -> Verification:
         """Recompute every invariant from the records."""
@@ -306,7 +320,7 @@ class PostgresLedger(Reading):
         self._check_open()
         with self._translated():
             self._ready()
-        books = Books(connection, self._sql, self._clock)
+        books = Books(connection, self._sql, self._clock, self._service)
         try:
             yield books
         finally:
@@ -412,7 +426,7 @@ class PostgresLedger(Reading):
         """Do what is usual in one round trip."""
         import psycopg
 
-        batch = Batch(self._sql, self._clock)
+        batch = Batch(self._sql, self._clock, self._service)
         is_durable = False
         for index, ticket in enumerate(tickets):
             if index not in outcomes and is_usual(ticket.step):
@@ -470,7 +484,7 @@ class PostgresLedger(Reading):
         self._order.put_aside(ticket)
         ticket.goes_on = self._aside_lane
 
-    def _singly(self, connection: Connection, step: Step | Sweep) -> object:
+    def _singly(self, connection: Connection, step: Step | ServiceStep | Sweep) -> object:
         """Do one step in a transaction of its own: its result, its error, or Locked."""
         for left in reversed(range(_RACES_AT_MOST)):
             try:
@@ -485,13 +499,13 @@ class PostgresLedger(Reading):
                 return self._told(error)
         raise AssertionError("a race is told of at last")
 
-    def _transact(self, connection: Connection, step: Step | Sweep) -> object:
+    def _transact(self, connection: Connection, step: Step | ServiceStep | Sweep) -> object:
         cursor = cursor_of(connection)
         book_statements = Statements(cursor, self._sql)
-        book = PostgresBook(book_statements)
         is_done = False
         try:
-            step, now = self._begin(connection, step)
+            step, now, bound = self._begin(connection, step)
+            book = PostgresBook(book_statements, bound, self._service)
             outcome: object
             try:
                 outcome = book.do(step, now)
@@ -507,10 +521,14 @@ class PostgresLedger(Reading):
                 cursor.execute("ROLLBACK")
         return outcome
 
-    def _begin(self, connection: Connection, step: Step | Sweep) -> tuple[Step | Sweep, int]:
-        """Begin a step's transaction and lock its accounts, in one round trip; what of the step can be done, and the time."""
+    def _begin(
+        self, connection: Connection, step: Step | ServiceStep | Sweep
+    ) -> tuple[Step | ServiceStep | Sweep, int, str | None]:
+        """Begin a step's transaction and lock its accounts, in one round trip; what of the step can be done, the time, and the service
+        that the ledger is bound to.
+        """
         lock = locking(step)
-        locked, clock = cursor_of(connection), cursor_of(connection)
+        locked, clock, service = cursor_of(connection), cursor_of(connection), cursor_of(connection)
         with connection.pipeline():
             other = cursor_of(connection)
             other.execute("BEGIN")
@@ -519,6 +537,8 @@ class PostgresLedger(Reading):
             )
             if lock is not None:
                 locked.execute(self._sql[lock[0]], lock[1])
+            # Behind the lock, for which whoever binds the ledger is waited.
+            service.execute(self._sql["outbox.service"])
             if self._clock is None:
                 clock.execute(self._sql["reads.clock"])
         rows = [] if lock is None else locked.fetchall()
@@ -527,7 +547,7 @@ class PostgresLedger(Reading):
             mine = {no for no, *_ in rows}
             step = replace(step, holds=tuple(hold for hold in step.holds if hold[0] in mine))
         now = clock.fetchall()[0][0] if self._clock is None else self._clock()
-        return step, now
+        return step, now, next((name for name, _ in service.fetchall()), None)
 
     @property
     def _session_settings(self) -> tuple[str, str] | None:
@@ -537,7 +557,7 @@ class PostgresLedger(Reading):
         patience = max(self._hold_patience, self._settle_patience, 1.0)
         return f"{int(_LOCK_WAIT * 1000)}ms", f"{int(patience * 1000)}ms"
 
-    def _is_durable(self, step: Step | Sweep) -> bool:
+    def _is_durable(self, step: Step | ServiceStep | Sweep) -> bool:
         if self._durability == "relaxed":
             return False
         return type(step) in _DURABLE or (type(step) is Place and step.on_unknown == "charge")

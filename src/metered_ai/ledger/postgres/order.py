@@ -15,10 +15,12 @@ from typing import Any
 from ...core.steps import Enlarge, Place, Release, Renew, Settle
 from ..book import Sweep
 from ..commits import Commits, Job
+from ..serving import ServiceStep
 
 __all__ = ["Order", "Ticket"]
 
 _LOOKS_EVERY = 0.1
+_OF_NO_ACCOUNT = Renew | Sweep | ServiceStep
 
 
 class Ticket:
@@ -40,7 +42,8 @@ class Ticket:
 
     def __init__(self, step: Any) -> None:
         self.step = step
-        self.account = None if isinstance(step, Renew | Sweep) else (step.customer, step.meter)
+        # Nobody waits for a service's steps, and whoever hears does not go on before it has heard.
+        self.account = None if isinstance(step, _OF_NO_ACCOUNT) else (step.customer, step.meter)
         # What is handed over, and where to, once nothing is before it; None when that is done.
         self.job: Job | None = None
         self.lane: Commits | None = None

@@ -3,20 +3,20 @@
 -- name: accounts
 SELECT
     no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
-    events, last_event_at, customer, meter
-FROM metered_ai.account WHERE no > $1 ORDER BY no LIMIT $2
+    events, last_event_at, customer, meter, s.heard IS NOT NULL, s.limit_estimate
+FROM metered_ai.account LEFT JOIN metered_ai.service_account AS s ON s.account_no = no WHERE no > $1 ORDER BY no LIMIT $2
 
 -- name: accounts_of_customer
 SELECT
     no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
-    events, last_event_at, customer, meter
-FROM metered_ai.account WHERE customer = $1 AND meter > $2 ORDER BY meter LIMIT $3
+    events, last_event_at, customer, meter, s.heard IS NOT NULL, s.limit_estimate
+FROM metered_ai.account LEFT JOIN metered_ai.service_account AS s ON s.account_no = no WHERE customer = $1 AND meter > $2 ORDER BY meter LIMIT $3
 
 -- name: account
 SELECT
     no, credit_limit, used, held, unlimited_used, unlimited_held, is_unlimited, open_holds, allocated, kept, next_expiry,
-    events, last_event_at, customer, meter
-FROM metered_ai.account WHERE customer = $1 AND meter = $2
+    events, last_event_at, customer, meter, s.heard IS NOT NULL, s.limit_estimate
+FROM metered_ai.account LEFT JOIN metered_ai.service_account AS s ON s.account_no = no WHERE customer = $1 AND meter = $2
 
 -- name: grants_with_remainder
 SELECT no, amount, expires_at, spent, expired, revoked, kept, is_over
@@ -27,10 +27,14 @@ SELECT placed_at, amount FROM metered_ai.open_hold WHERE account_no = $1 AND is_
 
 -- name: event
 SELECT
-    created_at, transaction_id, amount, basis, kind, hold_id, is_unlimited, is_late, request_id, attempts, price_slug, parent,
-    properties, has_usage, model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
-    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters
-FROM metered_ai.usage_event WHERE (no, created_at) = (
+    u.created_at, u.transaction_id, u.amount, u.basis, u.kind, u.hold_id, u.is_unlimited, u.is_late, u.request_id, u.attempts,
+    u.price_slug, u.parent, u.properties, u.has_usage, u.model, u.endpoint, u.service_tier, u.input_tokens, u.cached_input_tokens,
+    u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.audio_tokens, u.seconds, u.images, u.characters,
+    coalesce(o.reference, d.reference), d.details
+FROM metered_ai.usage_event AS u
+LEFT JOIN metered_ai.outbox AS o ON o.event_no = u.no
+LEFT JOIN metered_ai.delivery AS d ON d.event_no = u.no
+WHERE (u.no, u.created_at) = (
     SELECT k.event_no, k.created_at
     FROM metered_ai.account AS a
     JOIN metered_ai.usage_key AS k ON k.account_no = a.no
@@ -42,10 +46,14 @@ SELECT created_at FROM metered_ai.usage_event WHERE no = $1
 
 -- name: events
 SELECT
-    created_at, transaction_id, amount, basis, kind, hold_id, is_unlimited, is_late, request_id, attempts, price_slug, parent,
-    properties, has_usage, model, endpoint, service_tier, input_tokens, cached_input_tokens, cache_write_tokens,
-    output_tokens, reasoning_tokens, audio_tokens, seconds, images, characters
-FROM metered_ai.usage_event WHERE no BETWEEN $1 AND $2 ORDER BY no
+    u.created_at, u.transaction_id, u.amount, u.basis, u.kind, u.hold_id, u.is_unlimited, u.is_late, u.request_id, u.attempts,
+    u.price_slug, u.parent, u.properties, u.has_usage, u.model, u.endpoint, u.service_tier, u.input_tokens, u.cached_input_tokens,
+    u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.audio_tokens, u.seconds, u.images, u.characters,
+    coalesce(o.reference, d.reference), d.details
+FROM metered_ai.usage_event AS u
+LEFT JOIN metered_ai.outbox AS o ON o.event_no = u.no
+LEFT JOIN metered_ai.delivery AS d ON d.event_no = u.no
+WHERE u.no BETWEEN $1 AND $2 ORDER BY u.no
 
 -- name: usage
 SELECT

@@ -12,3 +12,8 @@ GRANT SELECT, INSERT (customer, meter),
     ON metered_ai.account TO metered_ai_application;
 GRANT SELECT, INSERT, UPDATE, DELETE
     ON metered_ai.owner, metered_ai.open_hold, metered_ai.ended_hold, metered_ai.operation_number TO metered_ai_application;
+GRANT SELECT, INSERT, UPDATE (answered_at) ON metered_ai.service TO metered_ai_application;
+GRANT SELECT, INSERT, UPDATE ON metered_ai.service_account TO metered_ai_application;
+GRANT SELECT, INSERT ON metered_ai.service_reference, metered_ai.delivery TO metered_ai_application;
+GRANT SELECT, INSERT, UPDATE, DELETE ON metered_ai.outbox TO metered_ai_application;
+GRANT EXECUTE ON FUNCTION metered_ai.lock_accounts(), metered_ai.keep_outbox() TO metered_ai_application;

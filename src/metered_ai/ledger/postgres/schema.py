@@ -27,7 +27,7 @@ class Migration(NamedTuple):
     works_for: int
 
 
-MIGRATIONS = (Migration("0001_first.sql", 1),)
+MIGRATIONS = (Migration("0001_first.sql", 1), Migration("0002_outbox.sql", 1))
 """In order; a schema's version is how many of them it has had."""
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...core.steps import Place, Renew, Settle, Step
+from ...core.delivery import Claimed
+from ...core.steps import Place, Renew, Settle, Settled, Step
+from ...records import Hold
 from ..accounts import SQL, Rows
-from ..book import Book, Sweep
+from ..book import Sweep
 from ..rows import Row
+from ..serving import Ask, Bind, Claim, Hear, MarkSent, Replay, ServiceStep, Serving
 from ..statements import Statement
 
 if TYPE_CHECKING:
     from .driver import Cursor
 
 __all__ = ["PostgresBook", "Statements", "locking"]
+
+_LOCKING = {"outbox.claimable": "outbox.claimable_free"}
+"""What a step looks up in order to change it. Outside of a step the same is only looked at."""
 
 
 class Statements:
@@ -28,7 +34,7 @@ class Statements:
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         """Run a statement that goes by this name."""
         assert isinstance(statement, Statement)
-        return self.run(statement.key, parameters)
+        return self.run(_LOCKING.get(statement.key, statement.key), parameters)
 
     def run(self, key: str, parameters: Sequence[Any] = ()) -> Rows:
         """Run a statement of PostgreSQL's own, by its file and name."""
@@ -39,13 +45,44 @@ class Statements:
         return self._cursor
 
 
-class PostgresBook(Book):
-    """The book without its quick ways: those take many steps at once here, and are in batches."""
+class PostgresBook(Serving):
+    """
+    The book without its quick ways: those take many steps at once here, and are in batches.
 
-    def __init__(self, statements: Statements) -> None:
+    `bound` is the name of the service that the ledger was found to be bound to once the step's accounts were locked, `service` the one
+    on whose behalf it was opened.
+    """
+
+    def __init__(self, statements: Statements, bound: str | None, service: str | None) -> None:
         super().__init__(statements.execute, statements.execute, statements)
-        self._ways[Place] = self._place_slowly
-        self._ways[Settle] = self._settle_slowly
+        self._run_own = statements.run
+        self._found: tuple[str | None] | None = (bound,)
+        self.serve(service)
+
+    def bound_to(self) -> str | None:
+        """The service that the ledger is bound to: as it was found, and once that may have changed, as it is."""
+        found, self._found = self._found, None
+        return super().bound_to() if found is None else found[0]
+
+    def _keep_outbox(self) -> None:
+        self._run_own("outbox.kept")
+
+    def _place(self, step: Place, now: int) -> Hold:
+        return self._place_slowly(step, now)
+
+    def _settle(self, step: Settle, now: int) -> Settled:
+        return self._settle_slowly(step, now)
+
+    def _claim(self, step: Claim, now: int) -> Claimed | float | None:
+        found = super()._claim(step, now)
+        if found != 0:
+            return found
+        # What is due is of an account that somebody has locked just now. One that is busy all the time has to be waited for.
+        rows = self._run_own("outbox.claimable", (0, now)).fetchall()
+        if not rows:
+            return found
+        self._run_own("outbox.lock_account", (rows[0][0],))
+        return super()._claim(step, now)
 
     def _insert(self, statement: str, always: Row, perhaps: Row) -> None:
         self._execute(SQL[statement], (*always, *map(_storable, perhaps)))
@@ -56,13 +93,21 @@ def _storable(value: Any) -> Any:
     return value.replace("\0", "\ufffd") if type(value) is str and "\0" in value else value
 
 
-def locking(step: Step | Sweep) -> tuple[str, Sequence[Any]] | None:
+def locking(step: Step | ServiceStep | Sweep) -> tuple[str, Sequence[Any]] | None:
     """The statement that locks what a step may write to, accounts in the order of their numbers; None if that is no account."""
-    if isinstance(step, Renew):
+    if isinstance(step, Renew | Ask | Claim):
+        # A question is counted in a row of its own; a claim locks what it finds.
         return None
     if isinstance(step, Sweep):
         return "batches.lock_numbers", (sorted({no for no, _ in step.holds}),)
     if isinstance(step, Place):
         # All of the customer's, whose open holds are counted together.
         return "batches.lock_customers", ([step.customer],)
-    return "batches.lock_accounts", ([step.customer], [step.meter])
+    if isinstance(step, Bind):
+        return "outbox.lock_everything", ()
+    if isinstance(step, MarkSent):
+        return "outbox.lock_account", (step.claimed.account_no,)
+    if isinstance(step, Replay):
+        return "outbox.lock_put_aside", (step.customer, step.meter)
+    account = step.question if isinstance(step, Hear) else step
+    return "batches.lock_accounts", ([account.customer], [account.meter])

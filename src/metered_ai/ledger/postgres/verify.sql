@@ -80,3 +80,23 @@ FROM metered_ai.ended_hold AS e
 LEFT JOIN metered_ai.usage_key AS k ON k.hold_id = e.hold_id AND k.account_no = e.account_no
 WHERE e.account_no = $1
 GROUP BY e.hold_id, e.state HAVING count(k.event_no) <> (e.state IN ('charged', 'settled'))::int
+
+-- name: service_sums
+SELECT
+    s.acknowledged, s.corrected,
+    (SELECT coalesce(sum(d.amount), 0)::bigint FROM metered_ai.delivery AS d WHERE d.event_no BETWEEN $2 AND $3),
+    (SELECT coalesce(sum(o.amount), 0)::bigint FROM metered_ai.outbox AS o WHERE o.event_no BETWEEN $2 AND $3)
+FROM metered_ai.service_account AS s WHERE s.account_no = $1
+
+-- name: events_untold
+SELECT u.transaction_id FROM metered_ai.usage_event AS u
+WHERE u.no BETWEEN $1 AND $2 AND u.amount > 0
+    AND NOT EXISTS (SELECT 1 FROM metered_ai.outbox AS o WHERE o.event_no = u.no)
+    AND NOT EXISTS (SELECT 1 FROM metered_ai.delivery AS d WHERE d.event_no = u.no)
+
+-- name: events_told_and_untold
+SELECT u.transaction_id
+FROM metered_ai.outbox AS o
+JOIN metered_ai.delivery AS d ON d.event_no = o.event_no
+JOIN metered_ai.usage_event AS u ON u.no = o.event_no
+WHERE o.event_no BETWEEN $1 AND $2
