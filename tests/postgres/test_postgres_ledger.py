@@ -151,6 +151,21 @@ class TestBatches:
 
         assert [Hold, InsufficientCreditsError, Hold] == [type(outcome) for outcome in outcomes]
 
+    def test_odd_texts(self, ledger: PostgresLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever a text consists of, quotes, commas, braces or the word NULL, a batch stores it as it is, beside others."""
+        texts = ['a","b', '"', "\\", "{}", "NULL", "null", "a,b", "\n", "ü’", '\\"', "'; DROP", "", "plain"]
+        steps = singly(ledger, monkeypatch)
+        for chosen in (texts, texts[3:8], [texts[0]], [texts[-1], texts[-1]]):
+            numbers = [hash((len(chosen), index)) % 10**9 for index in range(len(chosen))]
+            ledger.submit_all([hold(n, 1, model=text) for n, text in zip(numbers, chosen, strict=True)]).result(10)
+            ends = ledger.submit_all(
+                [settling(n, 1, request_id=text) for n, text in zip(numbers, chosen, strict=True)]
+            ).result(10)
+            stored = {event.hold_id: event.request_id for event in ledger.usage_events()}
+
+            assert chosen == [stored[end.event.hold_id] for end in ends]
+        assert [] == steps
+
     def test_bad_neighbour(self, ledger: PostgresLedger) -> None:
         """A row that cannot be stored fails alone, and a NUL in what describes a call costs nobody a settle."""
         outcomes = ledger.submit_all(

@@ -9,6 +9,7 @@ the first has waited for. It says which steps it took. For those it did not take
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from ...core.steps import Place, Release, Released, Settle, Settled
@@ -106,9 +107,27 @@ class Batch:
 
     def _execute(self, connection: Connection, name: str, now: int | None, rows: Any, *more: Any) -> Cursor:
         cursor = cursor_of(connection)
-        # One list for each column.
-        cursor.execute(self._texts[name], (now, *map(list, zip(*rows, strict=True)), *more))
+        cursor.execute(self._texts[name], (now, *map(_column, zip(*rows, strict=True)), *more))
         return cursor
+
+
+def _column(values: Row) -> list[Any] | str | None:
+    """
+    One array for each column, as little work for the driver as can be: it looks at each element of a list.
+
+    One without a value is left out, and `unnest` fills it with NULL; whole numbers and plain texts go as the text of an array.
+    """
+    kinds = set(map(type, values))
+    if kinds == {NoneType}:
+        return None
+    if kinds == {int}:
+        return f"{{{','.join(map(str, values))}}}"
+    if kinds == {str}:
+        text = '","'.join(values)
+        # Each value is between quotes; one that has a quote or a backslash of its own is left to the driver.
+        if "\\" not in text and text.count('"') == 2 * (len(values) - 1):
+            return f'{{"{text}"}}'
+    return list(values)
 
 
 def _place_row(taken: tuple[int, Place, str | None]) -> Row:

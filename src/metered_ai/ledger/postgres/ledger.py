@@ -227,10 +227,13 @@ class PostgresLedger(Served):
         group = Several(len(steps))
         if not steps:
             group.future.set_result([])
+        # Once for all of them: asking the system which process this is costs as much as handing a step over.
+        self._check_process()
         for index, step in enumerate(steps):
             try:
+                if self._is_closed:
+                    self._check_open()
                 check(step)
-                self._check_open()
             except Exception as error:  # noqa: BLE001  It goes where the result would have gone.
                 group.note(index, error)
             else:
@@ -608,10 +611,13 @@ class PostgresLedger(Served):
 
     # Opening
 
-    def _check_open(self) -> None:
+    def _check_process(self) -> None:
         if self._pid != os.getpid():
             # Forked by something that does not tell Python.
             self.after_fork_in_child()
+
+    def _check_open(self) -> None:
+        self._check_process()
         if self._is_closed:
             raise BillingUnavailableError(f"the ledger {self.name} is closed")
 
