@@ -275,6 +275,12 @@ class TestRole:
             "DROP TABLE metered_ai.usage_event",
             "ALTER TABLE metered_ai.usage_event DISABLE TRIGGER ALL",
             "CREATE TABLE metered_ai.other (x int)",
+            "UPDATE metered_ai.delivery SET amount = 0",
+            "DELETE FROM metered_ai.delivery",
+            "TRUNCATE metered_ai.outbox",
+            "UPDATE metered_ai.service SET name = 'other'",
+            "DELETE FROM metered_ai.service",
+            "DROP FUNCTION metered_ai.outbox_of_event()",
         ],
     )
     def test_may_not(self, postgres: str, role: str, admin: psycopg.Connection[Any], statement: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ...errors import BillingUnavailableError, ConfigurationError
 from ..forks import inherited
-from .failures import cleaned
+from .failures import cleaned, is_mistaken
 
 if TYPE_CHECKING:
     import psycopg
@@ -220,6 +220,11 @@ def connector(
         try:
             connection: psycopg.Connection[Any] = PatientConnection.connect(autocommit=True, **given)
         except psycopg.OperationalError as error:
+            if is_mistaken(error):
+                # Of the address, and nothing that waiting would mend.
+                raise ConfigurationError(
+                    f"the ledger {name} refuses the connection of {_user(given)}: {cleaned(str(error), secrets)}"
+                ) from None
             raise BillingUnavailableError(
                 f"the ledger {name} cannot be reached: {cleaned(str(error), secrets)}"
             ) from None
@@ -228,3 +233,9 @@ def connector(
         return connection
 
     return connect
+
+
+def _user(given: Mapping[str, Any]) -> str:
+    """Who wants to connect, as far as we know: libpq may have it from a file."""
+    user = given.get("user") or os.environ.get("PGUSER")
+    return f"user {user!r}" if user else "the default user"
