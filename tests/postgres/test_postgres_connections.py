@@ -324,3 +324,14 @@ class TestPasswords:
                 assert "n0t-it" not in told
                 assert PASSWORD not in told
         assert time.monotonic() - began < 4
+
+    def test_changed_meanwhile(self, url: str, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A password that is changed while a ledger is in use is waited for, so that what was used meanwhile is kept and not given up."""
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        with closing(PostgresLedger(url, settle_patience=0.3)) as ledger:
+            ledger.run(Record("ada", "calls", "r1", 1))
+            monkeypatch.setenv("PGPASSWORD", "n0t-it")
+            ledger._sessions.forget_idle()
+
+            with pytest.raises(BillingUnavailableError, match="password authentication failed"):
+                ledger.run(Record("ada", "calls", "r2", 1))

@@ -197,6 +197,7 @@ def connector(
     is_pooled: bool,
     secrets: tuple[str, ...],
     name: str,
+    was_open: Callable[[], bool],
 ) -> Callable[[], Connection]:
     """A function that opens connections of our own, with what a session has to have."""
     import psycopg
@@ -220,8 +221,8 @@ def connector(
         try:
             connection: psycopg.Connection[Any] = PatientConnection.connect(autocommit=True, **given)
         except psycopg.OperationalError as error:
-            if is_mistaken(error):
-                # Of the address, and nothing that waiting would mend.
+            if is_mistaken(error) and not was_open():
+                # Of the address, and nothing that waiting would mend. Once it has gone well, somebody is changing the server.
                 raise ConfigurationError(
                     f"the ledger {name} refuses the connection of {_user(given)}: {cleaned(str(error), secrets)}"
                 ) from None
