@@ -71,7 +71,7 @@ def test_package_only_imports():
 def test_async_twins():
     """Every question to a `Billing` has an async form that begins with "a"."""
     own = [name for name in vars(metered_ai.Billing) if not name.startswith("_")]
-    # in_transaction works on a connection of the caller's, which blocks anyway.
+    # in_transaction: psycopg's own connection, in the thread whose transaction it is.
     sync_only = {"charge", "ledger", "policies", "flush", "in_transaction"}
     missing = [name for name in own if name not in sync_only and not name.startswith("a") and f"a{name}" not in own]
 

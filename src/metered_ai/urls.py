@@ -52,6 +52,10 @@ def billing_url(url: str | None = None) -> str:
 
 def shown_url(url: str) -> str:
     """A URL for messages: where the ledger is, and nothing that could be a password."""
+    if url.startswith("flowglad:"):
+        ledger = ledger_url(url)
+        # Its other options are shown only where no password could be among them, cut off by a stray character.
+        return f"flowglad://?ledger={shown_url(ledger)}" if ledger.startswith("postgresql:") else url
     if not url.startswith("postgresql:"):
         return url
     # One with a stray character in its password could be cut in the middle of that; so all of it or nothing.
@@ -62,16 +66,21 @@ def shown_url(url: str) -> str:
 def _flowglad_url(rest: str) -> str:
     """`?ledger=…` and options of `Flowglad`, with the ledger's absolute path. Nothing of it is shown in errors: it may hold a key."""
     path, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    # A plus is a plus, as in a PostgreSQL URL.
+    options = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
     if {"secret_key", "key", "api_key"} & set(options) or "@" in path:
         raise ConfigurationError(
             "Flowglad's key is never part of a URL, where logs would show it; set FLOWGLAD_SECRET_KEY"
         )
+    if not all(map(str.isidentifier, options)):
+        raise ConfigurationError("in a flowglad:// URL the ledger's address is written with %26 for & and %25 for %")
     if path.strip("/"):
         raise ConfigurationError("Flowglad is flowglad://?ledger=sqlite:///file.db; its address is the option base_url")
     ledger = billing_url(options.pop("ledger", DEFAULT_URL))
     if ledger.startswith("flowglad:"):
-        raise ConfigurationError("the ledger beside Flowglad is sqlite:///file.db or memory://, not another service")
+        raise ConfigurationError(
+            "the ledger beside Flowglad is sqlite:///file.db, postgresql://host/database or memory://, not another service"
+        )
     return "flowglad://?" + urlencode({"ledger": ledger, **options}, quote_via=quote, safe="/:")
 
 

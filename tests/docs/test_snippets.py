@@ -101,6 +101,7 @@ def test_found():
     found = {page: [snippet.language for snippet in SNIPPETS if snippet.page == page] for page in PAGES}
 
     assert ["promises.md"] == [page.name for page in PAGES if not found[page]]
+    # The SQL runs on a server, in tests/postgres.
     assert {"python", "sh", "sql", "text", "html", "js"} == {language for page in PAGES for language in found[page]}
     assert ["text", "python", "text"] == found[DOCS / "errors.md"]
 

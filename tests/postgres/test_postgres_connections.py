@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from metered_ai import connect
-from metered_ai.core.steps import AddGrant, Place, Settle, Step
+from metered_ai.core.steps import AddGrant, Place, Record, Settle, Step
 from metered_ai.errors import BillingUnavailableError, ConfigurationError
 from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.ledger.postgres.address import Address
@@ -201,8 +202,8 @@ def watch_commits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     inner = Batch._execute
 
-    def execute(self: Batch, connection: Any, name: str, now: Any, rows: Any) -> Any:
-        cursor = inner(self, connection, name, now, rows)
+    def execute(self: Batch, connection: Any, name: str, now: Any, rows: Any, *more: Any) -> Any:
+        cursor = inner(self, connection, name, now, rows, *more)
         setting = psycopg.RawCursor(connection).execute("SELECT current_setting('synchronous_commit')")
         fetch = cursor.fetchall
         monkeypatch.setattr(cursor, "fetchall", lambda: (seen.append(setting.fetchone()[0]), fetch())[1], raising=False)
@@ -301,14 +302,36 @@ class TestPasswords:
             assert 5 == billing.balance("ada", "calls").available
         assert "s3cret" not in shown
 
-    def test_wrong(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A wrong password is a BillingUnavailableError that says so, and does not repeat it."""
-        monkeypatch.setenv("PGPASSWORD", "n0t-it")
-        with (
-            closing(PostgresLedger(url, hold_patience=0.2)) as ledger,
-            pytest.raises(BillingUnavailableError) as caught,
-        ):
-            ledger.balance("ada", "calls")
+    @pytest.mark.parametrize("mistake", ["password", "database", "role"])
+    def test_wrong(self, mistake: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A wrong password, database or role is a ConfigurationError at once, which names the user and the place and no password."""
+        monkeypatch.setenv("PGPASSWORD", PASSWORD if mistake == "database" else "n0t-it")
+        user = NEEDS_PASSWORD
+        if mistake == "database":
+            url = url.replace("/postgres?", "/n0where?", 1)
+        elif mistake == "role":
+            user = "n0body"
+            url = url.replace(NEEDS_PASSWORD, user, 1)
+        began = time.monotonic()
+        with closing(PostgresLedger(url)) as ledger:
+            for use in (lambda: ledger.balance("ada", "calls"), lambda: ledger.run(Record("ada", "calls", "r1", 1))):
+                with pytest.raises(ConfigurationError) as caught:
+                    use()
 
-        assert "password authentication failed" in str(caught.value)
-        assert "n0t-it" not in "".join(traceback.format_exception(caught.value))
+                assert f"user {user!r}" in str(caught.value)
+                assert ledger.name in str(caught.value)
+                told = "".join(traceback.format_exception(caught.value))
+                assert "n0t-it" not in told
+                assert PASSWORD not in told
+        assert time.monotonic() - began < 4
+
+    def test_changed_meanwhile(self, url: str, postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A password that is changed while a ledger is in use is waited for, so that what was used meanwhile is kept and not given up."""
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        with closing(PostgresLedger(url, settle_patience=0.3)) as ledger:
+            ledger.run(Record("ada", "calls", "r1", 1))
+            monkeypatch.setenv("PGPASSWORD", "n0t-it")
+            ledger._sessions.forget_idle()
+
+            with pytest.raises(BillingUnavailableError, match="password authentication failed"):
+                ledger.run(Record("ada", "calls", "r2", 1))

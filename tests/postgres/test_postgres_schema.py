@@ -162,6 +162,23 @@ class TestMigrating:
             connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(other)))
 
 
+def test_partitioned_outbox(postgres: str, admin: psycopg.Connection[Any]) -> None:
+    """Partitioned so beside a remote service, what is recorded is told to it, whichever partition it is in."""
+    page = Path(__file__).parents[2] / "docs" / "postgresql.md"
+    (script,) = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    clock = Clock()
+    with closing(PostgresLedger(postgres, clock=clock)) as ledger:
+        ledger.bind("tab (test)")
+        ledger.run(Record("ada", "calls", "r1", 1))
+        admin.execute(in_schema(script, schema_of(postgres)))
+        ledger.run(Record("ada", "calls", "r2", 1))
+        clock.advance(4 * 365 * 86400)
+        ledger.run(Record("ada", "calls", "r3", 1))
+
+        assert ["r1", "r2", "r3"] == [found.event.transaction_id for found in ledger.undelivered()]
+        assert () == ledger.verify().broken
+
+
 def test_partitioned(postgres: str, admin: psycopg.Connection[Any]) -> None:
     """Partitioned as the documentation says, the ledger goes on: a transaction id is billed once over all partitions, for ever."""
     page = Path(__file__).parents[2] / "docs" / "postgresql.md"
@@ -275,6 +292,12 @@ class TestRole:
             "DROP TABLE metered_ai.usage_event",
             "ALTER TABLE metered_ai.usage_event DISABLE TRIGGER ALL",
             "CREATE TABLE metered_ai.other (x int)",
+            "UPDATE metered_ai.delivery SET amount = 0",
+            "DELETE FROM metered_ai.delivery",
+            "TRUNCATE metered_ai.outbox",
+            "UPDATE metered_ai.service SET name = 'other'",
+            "DELETE FROM metered_ai.service",
+            "DROP FUNCTION metered_ai.outbox_of_event()",
         ],
     )
     def test_may_not(self, postgres: str, role: str, admin: psycopg.Connection[Any], statement: str) -> None:

@@ -7,14 +7,20 @@ from collections.abc import Iterable
 
 from ...errors import BillingUnavailableError, ConfigurationError, LedgerCorruptError, MeteringError
 
-__all__ = ["cleaned", "is_locked", "is_lost", "is_passing", "is_race", "state_of", "translate"]
+__all__ = ["cleaned", "is_locked", "is_lost", "is_mistaken", "is_passing", "is_race", "state_of", "translate"]
 
 _LOCKED = frozenset({"55P03"})
 # Two transactions made the same account at once, or met in a deadlock: the loser finds things settled when it comes again.
 _RACES = frozenset({"23505", "40001", "40P01"})
 # Beside class 08 (connection) and 57 (intervention, which a shutdown and a cancelled statement are), where the server is not what it
 # was a moment ago: too many connections, an idle transaction that was ended, a standby after a fail-over.
-_PASSING = frozenset({"53300", "25P03", "25P04", "25006", "3D000", "55000", "40003"})
+_PASSING = frozenset({"53300", "25P03", "25P04", "25006", "55000", "40003"})
+# A refused connection has no SQLSTATE in libpq. These are the server's and libpq's own words; a server that speaks another language is
+# taken for one that is away, and tried again.
+_MISTAKEN = re.compile(
+    r"authentication failed|no password supplied|pg_hba\.conf|(?:role|database) \".*\" does not exist|is not permitted to log in"
+    r"|permission denied for database|no such user|no such database"
+)
 _URL_PASSWORD = re.compile(r"(?<=://)([^/?#\s@]*):[^/?#\s]*@")
 _KEYWORD_PASSWORD = re.compile(
     r"(?i)\b(pass(?:word)?|sslpassword|oauth_client_secret)\s*=\s*('(?:[^'\\]|\\.)*'|[^\s&]+)"
@@ -45,6 +51,14 @@ def is_locked(error: BaseException) -> bool:
 def is_race(error: BaseException) -> bool:
     """Nothing was done, and the same again at once will go well."""
     return state_of(error) in _RACES
+
+
+def is_mistaken(error: BaseException) -> bool:
+    """The server refused the connection for who asks or for what: trying again changes nothing."""
+    state = state_of(error)
+    if state is not None:
+        return state[:2] == "28" or state == "3D000"
+    return _MISTAKEN.search(str(error)) is not None
 
 
 def is_passing(error: BaseException) -> bool:
@@ -82,7 +96,12 @@ def translate(error: Exception, name: str, secrets: Iterable[str] = ()) -> Excep
     if state is None or is_passing(error):
         return BillingUnavailableError(f"the ledger {name} cannot be used now: {words}")
     if state == "42501":
-        return ConfigurationError(f"the ledger {name} refuses this role something that it needs: {words}")
+        return ConfigurationError(
+            f"the ledger {name} refuses this role something that it needs: {words}; its owner can run what "
+            "`metered-ai migrate --sql --role` prints"
+        )
+    if state[:2] == "28" or state == "3D000":
+        return ConfigurationError(f"the ledger {name} refuses the connection: {words}")
     if state[:2] == "23":
         return LedgerCorruptError(f"the ledger {name} contradicts itself: {words}; run verify")
     if state[:2] == "42" or state == "3F000":

@@ -131,6 +131,7 @@ class PostgresLedger(Served):
         self._sql = statements(self.schema)
         self._is_closed = False
         self._service: str | None = None
+        self._was_open = False
         self._start()
         ledgers.add(self)
 
@@ -161,6 +162,7 @@ class PostgresLedger(Served):
                 is_pooled=self._is_pooled,
                 secrets=self._address.secrets,
                 name=self.name,
+                was_open=lambda: self._was_open,
             )
         )
 
@@ -631,7 +633,7 @@ class PostgresLedger(Served):
             with self._sessions.use(self._hold_patience) as connection:
                 self._check_server(connection)
                 migrate(connection, self.schema, self.name, auto_migrate=self._auto_migrate)
-            self._is_ready = True
+            self._is_ready = self._was_open = True
 
     def _check_server(self, connection: Connection) -> None:
         if connection.info.server_version < 130000:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ...errors import BillingUnavailableError, ConfigurationError
 from ..forks import inherited
-from .failures import cleaned
+from .failures import cleaned, is_mistaken
 
 if TYPE_CHECKING:
     import psycopg
@@ -203,6 +203,7 @@ def connector(
     is_pooled: bool,
     secrets: tuple[str, ...],
     name: str,
+    was_open: Callable[[], bool],
 ) -> Callable[[], Connection]:
     """A function that opens connections of our own, with what a session has to have."""
     import psycopg
@@ -226,6 +227,11 @@ def connector(
         try:
             connection: psycopg.Connection[Any] = PatientConnection.connect(autocommit=True, **given)
         except psycopg.OperationalError as error:
+            if is_mistaken(error) and not was_open():
+                # Of the address, and nothing that waiting would mend. Once it has gone well, somebody is changing the server.
+                raise ConfigurationError(
+                    f"the ledger {name} refuses the connection of {_user(given)}: {cleaned(str(error), secrets)}"
+                ) from None
             raise BillingUnavailableError(
                 f"the ledger {name} cannot be reached: {cleaned(str(error), secrets)}"
             ) from None
@@ -241,3 +247,9 @@ def _limit_wait(connection: Connection, patience: float | None) -> None:
 
     if isinstance(connection, PatientConnection):
         connection.limit_wait(patience)
+
+
+def _user(given: Mapping[str, Any]) -> str:
+    """Who wants to connect, as far as we know: libpq may have it from a file."""
+    user = given.get("user") or os.environ.get("PGUSER")
+    return f"user {user!r}" if user else "the default user"
