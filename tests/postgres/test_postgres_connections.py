@@ -66,7 +66,7 @@ class TestPool:
     def test_exhausted(self, postgres: str) -> None:
         """A pool that has nothing to lend is waited for, then it is a BillingUnavailableError."""
         with ConnectionPool(server_of(postgres), min_size=1, max_size=1, open=True) as pool, pool.connection():
-            ledger = PostgresLedger(pool=pool, schema=schema_of(postgres), hold_patience=0.2)
+            ledger = PostgresLedger(pool=pool, schema=schema_of(postgres), hold_patience=0.2, settle_patience=0.2)
 
             with pytest.raises(BillingUnavailableError):
                 ledger.run(Place("h1", "ada", "calls", 0, None))

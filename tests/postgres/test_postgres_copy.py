@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 from metered_ai import (
+    Billing,
     BillingUnavailableError,
     ConfigurationError,
     InsufficientCreditsError,
@@ -30,6 +31,7 @@ from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.ledger.spool import Spool
 from metered_ai.ledger.sqlite import SqliteLedger
 from metered_ai.records import Usage
+from tests.delivery.tab import Tab
 from tests.proof.children import LONG
 
 CUSTOMERS = 40
@@ -140,6 +142,29 @@ def test_again(path, postgres):
     assert "Nothing was done" in done.stdout
     with connect(postgres) as billing:
         assert 1 == billing.balance("ada", "calls").used
+
+
+def test_bound(tmp_path, postgres):
+    """A ledger that serves a remote billing system goes on doing so: what was told stays told, and the rest is told from there."""
+    path, tab = tmp_path / "bound.db", Tab(credits=100)
+    with Billing(f"sqlite:///{path}", service=tab) as billing:
+        billing.record("ada", "calls", transaction_id="before", amount=2)
+        assert 0 == billing.deliver().waiting
+        tab.fault = lambda _: "again"
+        billing.record("ada", "calls", transaction_id="waiting", amount=3)
+    run(path, postgres)
+    tab.fault = lambda _: None
+    with Billing(postgres, service=tab) as billing:
+        with billing.charge("ada", "calls", amount=95, transaction_id="after"), pytest.raises(InsufficientCreditsError):
+            billing.charge("ada", "calls", amount=1).__enter__()
+        while billing.deliver().waiting:
+            pass
+
+        assert {("ada", "before"): 2, ("ada", "waiting"): 3, ("ada", "after"): 95} == tab.events
+        assert [] == [event for event in billing.usage_events() if event.delivered is None]
+        assert () == billing.verify().broken
+    with pytest.raises(ConfigurationError, match="kept by 'tab"), connect(postgres) as billing:
+        billing.grant("ada", "calls", 1, id="order")
 
 
 def test_killed(path, postgres, fork, monkeypatch):

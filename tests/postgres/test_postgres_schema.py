@@ -165,7 +165,7 @@ class TestMigrating:
 def test_partitioned_outbox(postgres: str, admin: psycopg.Connection[Any]) -> None:
     """Partitioned so beside a remote service, what is recorded is told to it, whichever partition it is in."""
     page = Path(__file__).parents[2] / "docs" / "postgresql.md"
-    (script,) = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    script, *_ = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     clock = Clock()
     with closing(PostgresLedger(postgres, clock=clock)) as ledger:
         ledger.bind("tab (test)")
@@ -182,7 +182,7 @@ def test_partitioned_outbox(postgres: str, admin: psycopg.Connection[Any]) -> No
 def test_partitioned(postgres: str, admin: psycopg.Connection[Any]) -> None:
     """Partitioned as the documentation says, the ledger goes on: a transaction id is billed once over all partitions, for ever."""
     page = Path(__file__).parents[2] / "docs" / "postgresql.md"
-    (script,) = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    script, *_ = re.findall(r"```sql\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     clock = Clock()
     with closing(PostgresLedger(postgres, clock=clock)) as ledger:
         ledger.submit_all(EVERYTHING).result(20)

@@ -62,6 +62,12 @@ TABLES = (
         "SELECT account_no, transaction_id, CASE WHEN kind <> 'correction' THEN hold_id END, no, created_at "
         "FROM metered_ai.usage_event WHERE no > $1 AND no <= $2",
     ),
+    Table("service_account", ("account_no",)),
+    Table("service_reference", ("account_no", "since")),
+    Table("outbox", ("event_no",)),
+    Table("delivery", ("event_no",)),
+    # Last, because a ledger that is bound writes an outbox of its own from then on.
+    Table("service", ("one",), also="SELECT metered_ai.keep_outbox() WHERE $1::bigint < $2::bigint"),
 )
 """What is copied. A table of the source that is neither here nor below makes a copy fail before it begins."""
 

@@ -8,7 +8,7 @@ SELECT EXISTS (SELECT 1 FROM usage_event) OR EXISTS (SELECT 1 FROM credit_grant)
     OR EXISTS (SELECT 1 FROM account WHERE is_unlimited)
 
 -- name: bound
-INSERT INTO service (only, name, bound_at) VALUES (1, ?1, ?2)
+INSERT INTO service (one, name, bound_at) VALUES (1, ?1, ?2)
 
 -- name: accounts_bound
 INSERT INTO service_account (account_no) SELECT no FROM account

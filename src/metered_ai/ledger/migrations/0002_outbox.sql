@@ -3,14 +3,14 @@
 
 -- One row at most: the service that the ledger is bound to.
 CREATE TABLE service (
-    only INTEGER PRIMARY KEY CHECK (only = 1),
+    one INTEGER PRIMARY KEY CHECK (one = 1),
     name TEXT NOT NULL,
     bound_at INTEGER NOT NULL,
     -- When it last answered as it should, a question or a usage event.
     answered_at INTEGER NOT NULL DEFAULT 0
 );
 
-CREATE TRIGGER service_no_update BEFORE UPDATE OF only, name, bound_at ON service
+CREATE TRIGGER service_no_update BEFORE UPDATE OF one, name, bound_at ON service
 BEGIN
     SELECT RAISE(ABORT, 'a ledger is bound to its service for ever');
 END;
