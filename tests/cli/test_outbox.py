@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
+from io import StringIO
 from types import ModuleType
 
 import pytest
@@ -131,3 +133,15 @@ def test_wrongly(cli, monkeypatch, tmp_path):
     assert 2 == code
     assert "no service to deliver to" in err
     assert "Everything is delivered.\n" == cli("outbox")[1]
+
+
+def test_csv(cli):
+    """CSV has the rows of the JSON; the event has columns of its own, and so has what its call used."""
+    rows = list(csv.DictReader(StringIO(cli("outbox", "--csv")[1])))
+    told = json.loads(cli("outbox", "--json")[1])
+
+    assert [(row["event"]["customer"], row["event"]["transaction_id"], str(row["amount"])) for row in told] == [
+        (row["event_customer"], row["event_transaction_id"], row["amount"]) for row in rows
+    ]
+    assert {"event_usage_model", "state", "attempts", "reason", "age", "not_before"} <= set(rows[0])
+    assert 2 == cli("outbox", "--csv", "--json")[0] == cli("outbox", "--csv", "--replay")[0]

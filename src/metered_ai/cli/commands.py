@@ -351,14 +351,14 @@ def events(
     with opened(ledger, is_read=True) as billing:
         found = billing.usage_events(customer, meter, since=first, until=end)
         if (json or csv) and not limit:
-            _print_list(EVENTS, found, csv=csv)
+            print_list(EVENTS, found, csv=csv)
             return
         with show.busy("Looking for the newest…"):
             rows, total = show.latest(found, _rows(limit), lambda event: event.created_at)
         unknown = "" if rows else unknown_words(billing, customer, meter)
 
     if json or csv:
-        _print_list(EVENTS, rows, csv=csv)
+        print_list(EVENTS, rows, csv=csv)
         return
     out = show.console()
     if not rows:
@@ -369,7 +369,8 @@ def events(
         out.print(f"The newest {len(rows):,} of {show.count(total, 'usage event')}; --limit 0 shows all.")
 
 
-def _print_list(columns: list[str], rows: Iterable[object], *, csv: bool) -> None:
+def print_list(columns: list[str], rows: Iterable[object], *, csv: bool) -> None:
+    """A list as a program reads it: CSV with these columns, or JSON."""
     if csv:
         print_csv(columns, rows)
     else:
@@ -409,14 +410,14 @@ def holds(
             if (first is None or hold.placed_at >= first) and (end is None or hold.placed_at < end)
         )
         if (json or csv) and not limit:
-            _print_list(HOLDS, (_hold_keys(hold) for hold in found), csv=csv)
+            print_list(HOLDS, (_hold_keys(hold) for hold in found), csv=csv)
             return
         with show.busy("Looking for the newest…"):
             rows, total = show.latest(found, _rows(limit), lambda hold: hold.placed_at)
         unknown = "" if rows else unknown_words(billing, customer, meter)
 
     if json or csv:
-        _print_list(HOLDS, (_hold_keys(hold) for hold in rows), csv=csv)
+        print_list(HOLDS, (_hold_keys(hold) for hold in rows), csv=csv)
         return
     out = show.console()
     if not rows:

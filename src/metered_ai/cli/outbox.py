@@ -11,7 +11,8 @@ from rich.text import Text
 
 from ..errors import ConfigurationError
 from . import show
-from .commands import ROWS, ForCustomer, ForMeter, Json, Ledger, Limit, app, opened
+from .commands import ROWS, Csv, ForCustomer, ForMeter, Json, Ledger, Limit, app, one_format, opened, print_list
+from .sheet import OUTBOX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,6 +69,7 @@ def outbox(
     limit: Limit = None,
     ledger: Ledger = None,
     json: Json = False,
+    csv: Csv = False,
 ) -> None:
     """
     List usage that the remote billing service does not have yet, and why. Needs no key: only the ledger is read.
@@ -76,9 +78,10 @@ def outbox(
     Once that is put right there, --replay lets it be sent again, all of it or what --customer, --meter and --id name; a parked
     meter as a whole.
 
-    JSON, a list: event (an object with the keys of `events`), state (waiting, parked, dead), amount (what the service is told), attempts,
-    reason, age (seconds), not_before. With --replay an object: replayed.
+    JSON and CSV: event (an object with the keys of `events`, in CSV as columns event_customer and so on), state (waiting, parked, dead),
+    amount (what the service is told), attempts, reason, age (seconds), not_before. With --replay an object, only as JSON: replayed.
     """
+    one_format(json=json, csv=csv, replay=csv and replay)
     if transaction is not None and not replay:
         raise ConfigurationError("--id goes with --replay")
     with opened(ledger, is_read=True) as billing:
@@ -90,14 +93,14 @@ def outbox(
                 show.console().print(f"{show.count(count, 'usage event')} will be sent again.")
             return
         every = billing.outbox(customer, meter, state=None if state is None else state.value)
-        if json and not limit:
-            show.print_json_list(every)
+        if (json or csv) and not limit:
+            print_list(OUTBOX, every, csv=csv)
             return
         rows, total = show.latest(every, ROWS if limit is None else limit or None, lambda one: one.event.created_at)
         summary = billing.outbox_summary()
 
-    if json:
-        show.print_json_list(rows)
+    if json or csv:
+        print_list(OUTBOX, rows, csv=csv)
         return
     out = show.console()
     if rows:

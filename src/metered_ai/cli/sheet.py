@@ -9,10 +9,10 @@ from dataclasses import fields
 from io import StringIO
 from typing import Any
 
-from ..records import Balance, Hold, Usage, UsageEvent, UsageSum
+from ..records import Balance, Hold, Undelivered, Usage, UsageEvent, UsageSum
 from .show import plain
 
-__all__ = ["BALANCES", "EVENTS", "HOLDS", "SUMS", "print_csv"]
+__all__ = ["BALANCES", "EVENTS", "HOLDS", "OUTBOX", "SUMS", "print_csv"]
 
 
 def _columns(kind: type[Any]) -> list[str]:
@@ -27,6 +27,11 @@ EVENTS = [
 ]
 """As in JSON, but what a call used is spread over columns of its own."""
 HOLDS = [*_columns(Hold), "is_in_doubt"]
+OUTBOX = [
+    column
+    for name in _columns(Undelivered)
+    for column in ([f"event_{each}" for each in EVENTS] if name == "event" else [name])
+]
 SUMS = _columns(UsageSum)
 
 
@@ -51,9 +56,12 @@ def _line(cells: list[str]) -> str:
 
 
 def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
-    usage = row.get("usage")
-    spread = {f"usage_{name}": value for name, value in usage.items()} if isinstance(usage, dict) else {}
-    return {**row, **spread}
+    spread = dict(row)
+    for part in ("usage", "event"):
+        whole = row.get(part)
+        if isinstance(whole, dict):
+            spread |= {f"{part}_{name}": value for name, value in _spread(whole).items()}
+    return spread
 
 
 def _cell(value: Any) -> str:
