@@ -40,7 +40,8 @@ fi
 endef
 
 new := $(call stamp,new)
-pytest := -m pytest -n 2
+# Most tests wait for something else: three processes keep two cores busy.
+pytest := -m pytest -n 3
 # What depends on the SDK: the clients, and the provider that their tests stand on.
 sdk_tests := tests/client tests/test_provider.py
 # The agents and chains that take our clients. Two of them, one for each major release of the SDK that they pin, are enough for every day.

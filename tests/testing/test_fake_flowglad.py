@@ -99,11 +99,11 @@ def test_gate(client, fake):
     for is_done in (False, True):
         gate = threading.Event()
         fake.fault(Fault(gate=gate, is_done=is_done))
-        before = len(fake.recorded())
+        before, count = len(fake.recorded()), len(fake.requests)
         asked = threading.Thread(target=post, args=(client, fake, f"t{is_done}"))
         asked.start()
         if is_done:
-            fake.wait_for_requests(len(fake.requests) + 1)
+            fake.wait_for_requests(count + 1)
         assert before + is_done == len(fake.recorded())
         gate.set()
         asked.join()
