@@ -322,7 +322,6 @@ class TestFaults:
         provider.answer(gzip=True)
 
         assert call(client)
-        provider.wait_for_completed(1)
 
     def test_ids(self, provider, client):
         """Ids repeat, are empty, or lack, as they were told to."""
