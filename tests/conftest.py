@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from ipaddress import ip_address
 
@@ -22,6 +23,10 @@ for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_O
 for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
     # pytest-xdist gives its workers a terminal's size; what is printed into a pipe must not depend on it.
     os.environ.pop(name, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background deaf to Ctrl-C, and so would every command be that a test starts from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stay_home(event: str, arguments: tuple) -> None:

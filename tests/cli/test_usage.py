@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 
@@ -174,23 +175,24 @@ def test_watch(used, path):
         *arguments, stdin=its, stdout=its, env={"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
     ) as process:
         os.close(its)
-        seen = read_until(ours, "40 of 100 used")
-        call(used, 7, 4)
-        seen = read_until(ours, "47 of 100 used", seen)
-        hidden = path.with_name("hidden")
-        path.rename(hidden)
-        seen = read_until(ours, "not available now", seen)
-        hidden.rename(path)
-        read_until(ours, "47 of 100 used")
-        process.send_signal(signal.SIGINT)
-        while True:
-            try:
-                if not os.read(ours, 65536):
-                    break
-            except OSError:
+        try:
+            seen = read_until(ours, "40 of 100 used")
+            call(used, 7, 4)
+            seen = read_until(ours, "47 of 100 used", seen)
+            hidden = path.with_name("hidden")
+            path.rename(hidden)
+            seen = read_until(ours, "not available now", seen)
+            hidden.rename(path)
+            read_until(ours, "47 of 100 used")
+            process.send_signal(signal.SIGINT)
+            with suppress(OSError):
                 # How Linux says that the other side is closed.
-                break
-        process.wait(30)
+                while select.select([ours], [], [], 30)[0] and os.read(ours, 65536):
+                    pass
+            process.wait(30)
+        finally:
+            # Whoever waits for it to end would wait for ever: nobody reads what it says any longer.
+            process.kill()
         complaint = process.stderr.read()
     os.close(ours)
 
