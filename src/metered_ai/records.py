@@ -260,8 +260,9 @@ class Undelivered:
     """
     A usage event that the remote service does not have yet.
 
-    `state` is waiting, parked (this customer's meter is stuck there) or dead (it can never be recorded as it is); `reason` says why, or
-    how the last of the `attempts` went. `amount` is what the service is told: the event's, less what a correction took back.
+    `state` is waiting, parked (this customer's meter is stuck there, or the service has something else under this id) or dead (it can
+    never be recorded as it is); `reason` says why, or how the last of the `attempts` went. `amount` is what the service is told: the
+    event's, less what a correction took back.
     `age` is seconds since the event, `not_before` when it is tried again, None where that is now or never.
     """
 

@@ -14,7 +14,7 @@ import pytest
 from metered_ai import Billing
 from metered_ai.ledger.memory import MemoryLedger
 from metered_ai.ledger.sqlite import SqliteLedger
-from metered_ai.services import Delivery, delivery
+from metered_ai.services import Delivery, ServiceRefusedError, delivery
 from metered_ai.services.delivery import Sender, _Circuit, _pause
 from metered_ai.testing import Clock
 from tests.delivery.tab import BulkTab, Tab, soon
@@ -231,6 +231,125 @@ def test_park(billing, tab, caplog):
     assert 4 == billing.replay("ada")
     tab.wait(lambda: len(tab.events) == 6)
     assert ["ada_0", "ada_0", "ada_1", "ada_2", "ada_3"] == names(tab)
+
+
+def has_all_ids(tab):
+    """The service has one set of ids for all customers, as some do."""
+
+    def fault(event):
+        return (
+            Delivery("taken", "it is another's") if event.transaction_id in {name for _, name in tab.events} else None
+        )
+
+    tab.fault = fault
+
+
+def share(billing, tab, count=1):
+    """Ada's events are there, and bob's under the same ids wait."""
+    tab.give("bob", 50)
+    has_all_ids(tab)
+    for customer in ("ada", "bob"):
+        billing.balance(customer, GEN)
+        for number in range(count):
+            billing.record(customer, GEN, transaction_id=f"export_{number}", amount=1)
+        if customer == "ada":
+            billing.deliver()
+
+
+def test_taken(make_billing, tab, quiet):
+    """An id that the service has of another customer, as the ledger has, is sent once more under one that names the customer."""
+    billing = make_billing()
+    share(billing, tab)
+    assert (1, 0) == ((done := billing.deliver()).delivered, done.parked)
+
+    # The first 8 digits of SHA-256 of "bob".
+    other = "export_0.81b637d8"
+    assert ["export_0", other] == names(tab, "bob")
+    assert {("ada", "export_0"): 1, ("bob", other): 1} == tab.events
+    ada, bob = billing.usage_events()
+    assert ("export_0", other) == (bob.transaction_id, bob.delivered["transaction_id"])
+    assert "transaction_id" not in ada.delivered
+
+
+def test_taken_in_bulk(make_billing, quiet):
+    """What a service leaves out of an answer to many is sent alone, and counts as never tried."""
+    tab = BulkTab(credits=1000)
+    billing = make_billing(service=tab)
+    tab.writing = lambda event: None
+    share(billing, tab, 3)
+    inner, tab.write_usage_events = (
+        tab.write_usage_events,
+        lambda events: [Delivery("alone", "left out") if each.outcome == "taken" else each for each in inner(events)],
+    )
+    done = billing.deliver(timeout=20)
+
+    assert (3, 0, 0) == (done.delivered, done.waiting, done.parked)
+    assert {"export_0", "export_1", "export_2"} == {name for who, name in tab.events if who == "ada"}
+    assert 3 == sum(name.endswith(".81b637d8") for who, name in tab.events if who == "bob")
+
+
+def test_taken_twice(make_billing, tab, quiet, caplog):
+    """Once: where the other id is taken as well the event is parked, with its reason, and the next one goes."""
+    billing = make_billing()
+    tab.events["cy", "export_0.81b637d8"] = 1
+    share(billing, tab, 2)
+    done = billing.deliver()
+
+    assert (1, 1) == (done.delivered, done.parked)
+    assert ["export_0", "export_0.81b637d8", "export_1", "export_1.81b637d8"] == names(tab, "bob")
+    assert ("export_0", "it is another's") == ((found := next(billing.outbox())).event.transaction_id, found.reason)
+    assert ["usage event 'export_0' of customer 'bob' on meter 'generations' is parked: it is another's"] == [
+        line.getMessage() for line in caplog.records if line.levelno == logging.ERROR
+    ]
+
+
+def test_taken_by_a_stranger(make_billing, tab, quiet):
+    """An id that the service has of somebody whom the ledger does not know is parked: under another id it might be told twice."""
+    billing = make_billing()
+    has_all_ids(tab)
+    tab.events["cy", "ada_0"] = 1
+    record(billing, 2)
+    done = billing.deliver()
+
+    assert (1, 1) == (done.delivered, done.parked)
+    assert ["ada_0", "ada_1"] == names(tab)
+
+
+def test_taken_after_a_lost_answer(make_billing, tab, quiet, quick):
+    """After a try of unknown outcome an id that is taken is parked, whoever else has it: the first try may have arrived."""
+    billing = make_billing()
+    share(billing, tab)
+    taken = tab.fault
+    lost = iter(["again"])
+    tab.fault = lambda event: next(lost, None) or taken(event)
+    soon(lambda: billing.deliver().parked == 1)
+
+    assert ["export_0", "export_0"] == names(tab, "bob")
+    assert 1 == billing.replay("bob")
+    assert 1 == billing.deliver().parked
+
+
+def test_wrong_key_at_the_first_question(make_billing, tab, quiet):
+    """A service that refuses the very first question for a balance stops all sending, and readiness says so."""
+    billing = make_billing()
+    tab.answering = raising(ServiceRefusedError("tab (test) refuses: 401 API key invalid"))
+    record(billing, 2)
+    done = billing.deliver()
+
+    assert (0, 2) == (done.delivered, done.waiting)
+    assert "401 API key invalid" in done.alarm
+    assert ["refuses us" in line for line in billing.readiness()] == [True]
+    tab.answering = lambda: None
+    assert 2 == billing.deliver().delivered
+
+
+def raising(error):
+    """A function that raises it."""
+
+    def answer():
+        raise error
+
+    return answer
 
 
 def test_dead(billing, tab, caplog):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from metered_ai import BillingUnavailableError, InsufficientCreditsError, NoSubscriptionError, connect
+from metered_ai.services.delivery import Sender
 from metered_ai.services.flowglad import Flowglad
 from metered_ai.testing import FakeFlowglad
 from metered_ai.testing.flowglad import FlowgladProcess
@@ -168,6 +169,27 @@ def test_blocked_meter(flowglad, billing):
     assert ledger_has(billing) == flowglad_has(flowglad)
 
 
+def test_one_id_for_all(flowglad, tmp_path, monkeypatch):
+    """Ids that customers have in common, which Flowglad takes once for a meter: each event is there, under an id that names its customer."""
+    monkeypatch.setattr(Sender, "wake", lambda self: None)
+    customers = ("ada", "bob", "cy")
+    with connect(f"sqlite:///{tmp_path}/credits.db", service=Flowglad(flowglad.key, flowglad.url)) as billing:
+        for customer in customers:
+            flowglad.add_customer(customer, credits={"generations": 40})
+            for at in range(4):
+                charge(billing, customer, f"export_{at}", 1 + at)
+        left = deliver(billing)
+        told = {each.delivered.get("transaction_id", each.transaction_id) for each in billing.usage_events()}
+
+        assert (0, 0) == (left.parked, left.dead)
+        assert [30, 30, 30] == [flowglad.balance(customer, "generations") for customer in customers]
+        assert told == {name for _, name, _ in flowglad_has(flowglad)}
+        assert 12 == len(told)
+        assert [30, 30, 30] == [
+            billing.balance(customer, "generations", refresh=True).available for customer in customers
+        ]
+
+
 def test_wrong_key(flowglad, tmp_path):
     """A key that is refused stops the sending, visibly, and nothing is lost: with the right key everything is there."""
     flowglad.add_customer("ada", credits={"generations": 50})
@@ -186,6 +208,18 @@ def test_wrong_key(flowglad, tmp_path):
         flowglad.books.key = right
         deliver(billing)
         assert ledger_has(billing) == flowglad_has(flowglad)
+
+
+def test_wrong_key_at_once(flowglad, tmp_path):
+    """A key that was never right is an alarm also where nothing asks for a balance: usage that is recorded after the fact waits."""
+    flowglad.add_customer("ada", credits={"generations": 50})
+    url = f"sqlite:///{tmp_path}/credits.db"
+    with connect(url, service=Flowglad("sk_test_wrong", flowglad.url)) as billing:
+        billing.record("ada", "generations", transaction_id="export_1", amount=1)
+        left = billing.deliver(timeout=5.0)
+
+        assert "API key invalid" in left.alarm
+        assert (1, True) == (left.waiting, any("API key invalid" in reason for reason in billing.readiness()))
 
 
 def test_down(flowglad, tmp_path):

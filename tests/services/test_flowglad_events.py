@@ -104,7 +104,7 @@ def test_nothing_to_send(service, fake, event):
 def test_empty_transaction_id(service, fake, event):
     """An empty transaction id, which would be answered with a stranger's event and lost, is never sent."""
     assert "dead" == service.write_usage_event(replace(event, transaction_id="")).outcome
-    assert "again" == service.write_usage_events([replace(event, transaction_id="")])[0].outcome
+    assert "alone" == service.write_usage_events([replace(event, transaction_id="")])[0].outcome
 
     assert [] == fake.requests
 
@@ -126,6 +126,18 @@ def test_largest_whole(service, fake, event):
     service.write_usage_event(replace(event, amount=MAX_EVENT_AMOUNT))
 
     assert {("gen_1", MAX_EVENT_AMOUNT)} == had(fake)
+
+
+def test_split_taken(service, fake, event):
+    """If a later part is another customer's the event is put aside: of the first part Flowglad would have two under another id."""
+    fake.add_customer("bob")
+    bobs = replace(event, customer="bob", reference=fake.subscription_id("bob"))
+    big = replace(event, amount=MAX_EVENT_AMOUNT + 1)
+    service.write_usage_event(replace(bobs, transaction_id="gen_1.part2of2"))
+    assert ("aside", "conflict") == ((said := service.write_usage_event(big)).outcome, said.details["cause"])
+
+    service.write_usage_event(replace(bobs, transaction_id="gen_2.part1of2"))
+    assert "taken" == service.write_usage_event(replace(big, transaction_id="gen_2")).outcome
 
 
 def test_split_broken_off(service, fake, event):
@@ -216,11 +228,11 @@ def test_twice(service, fake, event):
 
 
 def test_other_amount(service, fake, event):
-    """A transaction id that is there with another amount is answered 200 with that one: parked, and the reason says which."""
+    """A transaction id that is there with another amount is answered 200 with that one: put aside, and the reason says which."""
     service.write_usage_event(event)
     delivery = service.write_usage_event(replace(event, amount=50))
 
-    assert ("park", "mismatch") == (delivery.outcome, delivery.details["cause"])
+    assert ("aside", "mismatch") == (delivery.outcome, delivery.details["cause"])
     assert "amount 1 instead of 50" in delivery.reason
 
 
@@ -232,12 +244,12 @@ def test_already_there(service, fake, event):
 
 
 def test_conflict(service, fake, event):
-    """A transaction id of another customer's is parked as a conflict, although Flowglad calls that its own error."""
+    """A transaction id of another customer's is taken, although Flowglad calls that its own error."""
     fake.add_customer("bob")
     service.write_usage_event(replace(event, customer="bob", reference=fake.subscription_id("bob")))
     delivery = service.write_usage_event(event)
 
-    assert ("park", "conflict") == (delivery.outcome, delivery.details["cause"])
+    assert ("taken", "conflict") == (delivery.outcome, delivery.details["cause"])
     assert [] == fake.recorded("ada")
 
 
@@ -245,22 +257,22 @@ def test_conflict(service, fake, event):
     "had", [{"transactionId": "gen_x"}, {"amount": 2}, {"subscriptionId": "sub_x"}, {"transactionId": ""}], ids=str
 )
 def test_stranger(service, fake, event, had):
-    """A 200 with another event than the one that was sent is parked: nobody knows what became of it."""
+    """An event whose 200 came with another one is put aside: nobody knows what became of it."""
     service.write_usage_event(event)
     [recorded] = fake.recorded("ada")
     fake.fault(status=200, body={"usageEvent": {**recorded, **had}})
     delivery = service.write_usage_event(event)
 
-    assert ("park", recorded["id"]) == (delivery.outcome, delivery.details["event_id"])
+    assert ("aside", recorded["id"]) == (delivery.outcome, delivery.details["event_id"])
 
 
 def test_price_of_another_meter(service, fake, event):
-    """A price of another meter leaves this one's balance as it was: parked, not taken for recorded."""
+    """A price of another meter leaves this one's balance as it was: put aside, not taken for recorded."""
     fake.add_meter("images")
     service.read_balance("ada", "generations")
     delivery = service.write_usage_event(replace(event, price_slug="images_no_charge"))
 
-    assert ("park", "mismatch") == (delivery.outcome, delivery.details["cause"])
+    assert ("aside", "mismatch") == (delivery.outcome, delivery.details["cause"])
 
 
 def test_twins(fake, event):
@@ -437,7 +449,7 @@ def test_any_answer(status, body, kind):
     """Whatever comes is one of the outcomes, and only a usage event is ever taken for recorded."""
     delivery = classify(Answer(status, {"content-type": kind}, body), 0.0, "sk_test_k")
 
-    assert delivery.outcome in ("again", "park", "dead", "stop")
+    assert delivery.outcome in ("again", "taken", "park", "dead", "stop")
 
 
 @given(
@@ -479,9 +491,9 @@ def test_bulk_silence(service, fake):
     service.write_usage_event(wanted[0])
     answers = service.write_usage_events(wanted)
 
-    assert ["again", "again", "recorded", "again"] == [each.outcome for each in answers]
+    assert ["alone", "alone", "recorded", "alone"] == [each.outcome for each in answers]
     alone = [service.write_usage_event(each).outcome for each in wanted]
-    assert ["recorded", "park", "recorded", "recorded"] == alone
+    assert ["recorded", "taken", "recorded", "recorded"] == alone
     assert {("there", 1), ("new", 1)} == had(fake)
 
 
@@ -489,7 +501,7 @@ def test_bulk_one_bad(service, fake):
     """One bad event makes Flowglad keep none: all are to be sent alone, where only the bad one is a dead letter."""
     wanted = [*events(fake, "a", "b"), usage_event("c", meter="nope", reference=fake.subscription_id("ada"))]
 
-    assert ["again"] * 3 == [each.outcome for each in service.write_usage_events(wanted)]
+    assert ["alone"] * 3 == [each.outcome for each in service.write_usage_events(wanted)]
     assert [] == fake.recorded()
     assert ["recorded", "recorded", "dead"] == [service.write_usage_event(each).outcome for each in wanted]
 
@@ -498,9 +510,9 @@ def test_bulk_left_out(service, fake):
     """What cannot safely go in bulk is not in it: without a subscription, too large, or twice; of nothing there is no request."""
     wanted = [usage_event("a"), *events(fake, "b", amount=2**31), *events(fake, "c"), *events(fake, "c")]
 
-    assert ["again", "again", "recorded", "again"] == [each.outcome for each in service.write_usage_events(wanted)]
+    assert ["alone", "alone", "recorded", "alone"] == [each.outcome for each in service.write_usage_events(wanted)]
     assert [] == service.write_usage_events([])
-    assert ["again"] == [each.outcome for each in service.write_usage_events(wanted[:1])]
+    assert ["alone"] == [each.outcome for each in service.write_usage_events(wanted[:1])]
     assert 1 == len(fake.requests)
 
 
@@ -508,7 +520,7 @@ def test_bulk_limit(service, fake):
     """A request has at most 500 events; the rest is for the next one."""
     answers = service.write_usage_events(events(fake, *map(str, range(501))))
 
-    assert ["recorded"] * 500 + ["again"] == [each.outcome for each in answers]
+    assert ["recorded"] * 500 + ["alone"] == [each.outcome for each in answers]
 
 
 @pytest.mark.parametrize(
@@ -517,7 +529,7 @@ def test_bulk_limit(service, fake):
         ({"status": 401, "body": "no"}, "stop"),
         ({"status": 429, "retry_after": 3}, "again"),
         ({"status": 503}, "again"),
-        ({"status": 400}, "again"),
+        ({"status": 400}, "alone"),
         ({"reset": True}, "again"),
         ({"garbage": True}, "again"),
     ],
@@ -541,12 +553,12 @@ def test_bulk_blocked(service, fake):
 
 
 def test_bulk_stranger(service, fake):
-    """An event that comes back with another amount is parked."""
+    """An event that comes back with another amount is put aside."""
     service.write_usage_event(events(fake, "a")[0])
     [recorded] = fake.recorded()
     fake.fault(status=200, body={"usageEvents": [{**recorded, "amount": 9}, {**recorded, "transactionId": "stranger"}]})
 
-    assert ["park", "again"] == [each.outcome for each in service.write_usage_events(events(fake, "a", "b"))]
+    assert ["aside", "alone"] == [each.outcome for each in service.write_usage_events(events(fake, "a", "b"))]
 
 
 def test_own_client_after_fork(fake, event):

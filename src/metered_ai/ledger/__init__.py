@@ -129,7 +129,8 @@ class ServiceLedger(Ledger, Protocol):
     - A usage event and its place in the outbox are one transaction, whoever writes it. An event of 0 is kept and never told.
     - An event carries the service's reference that was in force when its hold was placed.
     - Only who has claimed an account sends its events: one claim at a time over all processes, for the time of a lease by the ledger's clock.
-    - Nothing leaves the outbox but by an acknowledgement. A parked account waits as a whole, a dead event waits alone.
+    - Nothing leaves the outbox but by an acknowledgement. A parked account waits as a whole; an event that was put aside, or is dead, waits
+      alone.
     - An orphan that was charged is told after an hour, less what a correction took back meanwhile; where the service has it already, the
       outbox shows what is to be given back there.
     - The usage events that are read carry `reference` and `delivered`; a balance is marked as an estimate.
@@ -177,6 +178,10 @@ class ServiceLedger(Ledger, Protocol):
         What each mark came to: its outcome, or `dead` where an `again` has failed for `give_up_after` seconds while the service answered
         to others. Who marks after the lease is out still tells the truth of what was delivered.
         """
+        ...
+
+    def has_namesake(self, customer: str, meter: str, transaction_id: str, /) -> bool:
+        """Whether another customer has a usage event of this transaction id on the meter. It may look into every account."""
         ...
 
     def replay(

@@ -78,6 +78,13 @@ class Served(Reading):
         """Note what became of a claim's events and end the claim. What each mark came to: its outcome, or `dead` for one too old."""
         return cast("tuple[str, ...]", self._serve(MarkSent(claimed, tuple(marks), give_up_after)))
 
+    def has_namesake(self, customer: str, meter: str, transaction_id: str, /) -> bool:
+        """Whether another customer has a usage event of this transaction id on the meter. Looks into every account."""
+        check_name(transaction_id, "transaction_id", ID_LIMIT)
+        with self._reading() as fetch:
+            ((found,),) = fetch(SQL["namesake"], (customer, meter, transaction_id))
+        return bool(found)
+
     def replay(
         self, customer: str | None = None, meter: str | None = None, transaction_id: str | None = None, /
     ) -> int:

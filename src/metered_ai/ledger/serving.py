@@ -205,14 +205,16 @@ class Serving(Book):
         due = self._execute(SQL["due"], (account_no, now, step.limit)).fetchall()
         if len(due) > 1:
             # Several go together only where nobody has tried them: of one that was tried before the service may know already.
-            fresh = next((index for index, row in enumerate(due) if row[2]), len(due))
+            fresh = next((index for index, row in enumerate(due) if row[2] or row[4] is not None), len(due))
             due = due[: max(1, fresh)]
         self._execute(SQL["claimed"], (account_no, step.claim, now + int(step.lease * _SECOND)))
         events: list[Outgoing] = []
         for row in due:
             self._execute(SQL["tried"], (row[0], now))
-            event = replace(event_of(customer, meter, row[4:]), amount=row[1], reference=row[3])
-            events.append(Outgoing(row[0], event, row[2] + 1))
+            event = event_of(customer, meter, row[5:])
+            own_id = event.transaction_id
+            event = replace(event, transaction_id=row[4] or own_id, amount=row[1], reference=row[3])
+            events.append(Outgoing(row[0], event, row[2] + 1, own_id))
         return Claimed(step.claim, account_no, customer, meter, failures, bool(is_heard), tuple(events))
 
     def _mark(self, step: MarkSent, now: int) -> tuple[str, ...]:
@@ -242,6 +244,16 @@ class Serving(Book):
                 self._execute(SQL["dead"], (mark.no, mark.reason))
                 self._execute(SQL["went_on"], (account_no,))
                 return "dead"
+        elif mark.outcome == "alone":
+            # Not counted as a try: whatever else is asked of it, the service has told us that it does not have it.
+            self._execute(SQL["answered"], (now,))
+            self._execute(SQL["alone"], (mark.no, mark.send_as, mark.reason))
+            self._execute(SQL["untried"], (mark.no,))
+            self._execute(SQL["went_on"], (account_no,))
+        elif mark.outcome == "aside":
+            self._execute(SQL["answered"], (now,))
+            self._execute(SQL["aside"], (mark.no, mark.reason))
+            self._execute(SQL["went_on"], (account_no,))
         elif mark.outcome == "park":
             self._execute(SQL["reasoned"], (mark.no, mark.reason))
             self._execute(SQL["account_parked"], (account_no, mark.reason or "parked"))

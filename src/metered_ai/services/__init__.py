@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from ..errors import BillingUnavailableError
 from ..records import UsageEvent
 
-__all__ = ["BillingService", "BulkBillingService", "Delivery", "ServiceBalance"]
+__all__ = ["BillingService", "BulkBillingService", "Delivery", "ServiceBalance", "ServiceRefusedError"]
+
+
+class ServiceRefusedError(BillingUnavailableError):
+    """The billing service refuses us, whatever is asked: a wrong key. Nothing is sent until a person has looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Delivery:
 
     - `recorded`, `already_there`: the service has it, with this id and amount. It is never sent again.
     - `again`: nobody knows, or not now; the same id again later, not before `retry_after` seconds.
+    - `alone`: it is certainly not recorded by this request, and is to be sent by itself.
+    - `taken`: the service has this transaction id of another customer's event, and refuses it. Where the ledger has it of another, too,
+      it is sent once more under an id that names the customer; else as `aside`.
+    - `aside`: the service took something else for this event. It is parked for a person; the next one may go.
     - `park`: this customer's meter is stuck at the service. Its other events wait, too; nobody else's do.
     - `dead`: this event can never be recorded as it is. It is kept for a person; the next one may go.
     - `stop`: the service refuses us, whatever is sent (a wrong key). Everything waits.
@@ -41,7 +50,7 @@ class Delivery:
     `UsageEvent.delivered`.
     """
 
-    outcome: Literal["recorded", "already_there", "again", "park", "dead", "stop"]
+    outcome: Literal["recorded", "already_there", "again", "alone", "taken", "aside", "park", "dead", "stop"]
     reason: str | None = None
     retry_after: float | None = None
     details: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -70,8 +79,8 @@ class BillingService(Protocol):
         """
         The balance as the service has it now.
 
-        NoSubscriptionError where the customer has no plan at all; BillingUnavailableError where the service did not answer, or refuses
-        our key.
+        NoSubscriptionError where the customer has no plan at all; BillingUnavailableError where the service did not answer,
+        ServiceRefusedError where it refuses our key.
         """
         ...
 
@@ -89,5 +98,5 @@ class BulkBillingService(BillingService, Protocol):
     """A service that also takes many usage events of one customer and meter at once."""
 
     def write_usage_events(self, events: Sequence[UsageEvent], /) -> list[Delivery]:
-        """One answer for each event, in order. What the service left unsaid of an event is `again`: it is then sent alone."""
+        """One answer for each event, in order. What the service left unsaid of an event is `alone`: it is then sent by itself."""
         ...

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..core.delivery import Claimed, Mark, Outgoing, mark_of
 from ..errors import BillingUnavailableError, MeteringError
-from . import BulkBillingService, Delivery
+from . import BulkBillingService, Delivery, ServiceRefusedError
 
 if TYPE_CHECKING:
     from ..ledger import ServiceLedger
@@ -330,12 +330,14 @@ class Sender:
 
         marks = [
             mark_of(
-                outgoing.no,
+                outgoing,
                 delivery.outcome,
                 delivery.reason,
                 delivery.details,
                 back_off=_pause(claimed.failures + 1),
                 retry_after=delivery.retry_after,
+                has_namesake=delivery.outcome == "taken"
+                and self._ledger.has_namesake(claimed.customer, claimed.meter, outgoing.own_id),
             )
             for outgoing, delivery in zip(claimed.events, deliveries, strict=True)
         ]
@@ -359,6 +361,8 @@ class Sender:
         if not claimed.is_heard:
             try:
                 self._balances.read(claimed.customer, claimed.meter)
+            except ServiceRefusedError as error:
+                return [Delivery("stop", str(error))] * len(claimed.events)
             except BillingUnavailableError as error:
                 return [Delivery("again", str(error))] * len(claimed.events)
             except MeteringError as error:
@@ -405,13 +409,14 @@ class Sender:
     @staticmethod
     def _tell(claimed: Claimed, marks: list[Mark], came_to: tuple[str, ...]) -> None:
         for outgoing, mark, outcome in zip(claimed.events, marks, came_to, strict=True):
-            if outcome in ("park", "dead"):
+            what = {"park": "parked with all that follows it", "aside": "parked", "dead": "dead-lettered"}.get(outcome)
+            if what is not None:
                 _log.error(
                     "usage event %r of customer %r on meter %r is %s: %s",
-                    outgoing.event.transaction_id,
+                    outgoing.own_id,
                     claimed.customer,
                     claimed.meter,
-                    "parked with all that follows it" if outcome == "park" else "dead-lettered",
+                    what,
                     mark.reason,
                 )
 

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from ..core.checks import check_name
 from ..errors import BillingUnavailableError, ConfigurationError, FeatureRequiredError, NoSubscriptionError
-from . import Delivery, ServiceBalance
+from . import Delivery, ServiceBalance, ServiceRefusedError
 from .bounded import Answer, BoundedClient, NoAnswerError
 from .flowglad_answers import (
     BalanceRow,
@@ -230,7 +230,7 @@ class Flowglad:
         Send one usage event, once; larger ones than Flowglad takes in several, with ids of their own that never change.
 
         An answer counts as recorded only if it is the event that was sent. `details` have Flowglad's `event_id`, `price_id` and
-        `subscription_id`; where the outcome is park or dead, often a `cause`.
+        `subscription_id`; where it was not recorded, often a `cause`.
         """
         if not event.amount:
             return Delivery("already_there", "0 credits are not sent")
@@ -244,12 +244,15 @@ class Flowglad:
             for transaction_id, amount in parts:
                 body = self._event_body(event, transaction_id, amount, subscription_id)
                 said.append(self._write_one(event, body, deadline - time.monotonic()))
+                if said[-1].outcome == "taken" and len(said) > 1:
+                    # Of this event Flowglad has a part already; under another id it would have that twice.
+                    return Delivery("aside", said[-1].reason, details=said[-1].details)
                 if said[-1].outcome not in ("recorded", "already_there"):
                     return said[-1]
         except NoSubscriptionError as error:
             return Delivery("dead", str(error), details={"cause": "no_subscription"})
         except BillingUnavailableError as error:
-            return Delivery("stop" if error.__cause__ is _REFUSED else "again", str(error))
+            return Delivery("stop" if isinstance(error, ServiceRefusedError) else "again", str(error))
         except ConfigurationError as error:
             return Delivery("stop", str(error))
         except ValueError as error:
@@ -260,10 +263,10 @@ class Flowglad:
         """
         Send many usage events of one customer and meter at once. One answer for each, in order.
 
-        Flowglad leaves out of its answer what it had already *or what belongs to somebody else*, without a word: those are `again`,
-        to be sent alone and looked at. If one of them is bad none is recorded, and all are `again`, too.
+        Flowglad leaves out of its answer what it had already *or what belongs to somebody else*, without a word: those are `alone`,
+        to be sent by themselves and looked at. If one of them is bad none is recorded, and all are `alone`, too.
         """
-        answers = [Delivery("again", "to be sent alone")] * len(events)
+        answers = [Delivery("alone", "to be sent by itself")] * len(events)
         chosen: dict[str, tuple[int, dict[str, Any]]] = {}
         for at, event in enumerate(events):
             if not event.amount:
@@ -293,9 +296,9 @@ class Flowglad:
         recorded = parse(BulkRecorded, answer) if answer.status == 200 else None
         if recorded is None:
             failed = self._failed(answer)
-            if failed.outcome == "dead" or failed.details.get("cause") == "conflict":
-                # One of them is bad; alone, each gets an answer of its own.
-                failed = Delivery("again", failed.reason, failed.retry_after)
+            if failed.outcome in ("dead", "taken"):
+                # One of them is bad and none is recorded; alone, each gets an answer of its own.
+                failed = Delivery("alone", failed.reason)
             return [_unless(said, failed) for said in answers]
         for had in recorded.events:
             if had.transaction_id in chosen:
@@ -625,8 +628,8 @@ class Flowglad:
     def _expect_ok(self, answer: Answer) -> None:
         if answer.status == 200:
             return
-        error = BillingUnavailableError(f"{self.name} refuses: {self._reason(answer)}")
-        raise error from (_REFUSED if answer.status in (401, 403) else None)
+        refused = ServiceRefusedError if answer.status in (401, 403) else BillingUnavailableError
+        raise refused(f"{self.name} refuses: {self._reason(answer)}")
 
     def _parsed(self, model: type[_M], answer: Answer) -> _M:
         parsed = parse(model, answer)
@@ -636,13 +639,6 @@ class Flowglad:
 
     def _reason(self, answer: Answer) -> str:
         return reason_of(answer, self._key)
-
-
-class _RefusedError(Exception):
-    """Flowglad takes nothing from us: the cause of such errors."""
-
-
-_REFUSED = _RefusedError("the key is refused")
 
 
 def _split(event: UsageEvent) -> list[tuple[str, int]]:

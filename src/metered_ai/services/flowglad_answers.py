@@ -235,7 +235,7 @@ def classify(answer: Answer, now: float, key: str = "") -> Delivery:
     if "usage_credit_applications" in said:
         return Delivery("park", reason, details={"cause": "blocked"})
     if "UsageEvent conflict" in said:
-        return Delivery("park", reason, details={"cause": "conflict"})
+        return Delivery("taken", reason, details={"cause": "conflict"})
     if "Failed to insert item into usage_events" in said:
         # Most likely the same event, sent at the same moment by somebody whose claim had run out.
         return Delivery("again", reason, after)
@@ -268,7 +268,7 @@ def compare(
     different = [f"{what} {had!r} instead of {sent!r}" for what, (sent, had) in expected.items() if sent != had]
     if different:
         reason = f"Flowglad answered with another event, {event.id}: {', '.join(different)}"
-        return Delivery("park", reason, details={**details, "cause": "mismatch"})
+        return Delivery("aside", reason, details={**details, "cause": "mismatch"})
     # Ours carries our own time, so another one is somebody else's event under this id, with the same amount.
     is_ours = event.usage_date is None or event.usage_date == usage_date
     return Delivery("recorded" if is_ours else "already_there", details=details)

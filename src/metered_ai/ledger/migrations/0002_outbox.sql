@@ -59,6 +59,8 @@ CREATE TABLE outbox (
     first_tried_at INTEGER,
     -- Since when it fails although the service answers to others.
     failing_since INTEGER,
+    -- NULL: it may go together with others. Else it goes by itself, under this transaction id.
+    alone_as TEXT,
     reference TEXT,
     reason TEXT
 );

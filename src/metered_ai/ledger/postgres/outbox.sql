@@ -113,7 +113,7 @@ UPDATE metered_ai.service_account SET claimed_by = $2, claimed_until = $3 WHERE 
 
 -- name: due
 SELECT
-    o.event_no, o.amount, o.attempts, o.reference,
+    o.event_no, o.amount, o.attempts, o.reference, o.alone_as,
     u.created_at, u.transaction_id, u.amount, u.basis, u.kind, u.hold_id, u.is_unlimited, u.is_late, u.request_id, u.attempts,
     u.price_slug, u.parent, u.properties, u.has_usage, u.model, u.endpoint, u.service_tier, u.input_tokens, u.cached_input_tokens,
     u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.audio_tokens, u.seconds, u.images, u.characters
@@ -159,6 +159,19 @@ RETURNING failing_since
 
 -- name: reasoned
 UPDATE metered_ai.outbox SET reason = $2 WHERE event_no = $1
+
+-- name: alone
+UPDATE metered_ai.outbox SET alone_as = $2, reason = $3 WHERE event_no = $1 AND state = 'waiting'
+
+-- name: aside
+UPDATE metered_ai.outbox SET state = 'parked', reason = $2 WHERE event_no = $1
+
+-- name: namesake
+SELECT EXISTS (
+    SELECT 1 FROM metered_ai.account AS a
+    JOIN metered_ai.usage_key AS k ON k.account_no = a.no AND k.transaction_id = $3
+    WHERE a.meter = $2 AND a.customer <> $1
+)
 
 -- name: dead
 UPDATE metered_ai.outbox SET state = 'dead', reason = $2 WHERE event_no = $1

@@ -596,6 +596,52 @@ class ServiceLedgerContract(Contract):
         assert 1 == ledger.replay("ada", "calls", "gen_h1")
         assert [("gen_h1", 3)] == deliver(ledger)
 
+    def test_alone(self, ledger: ServiceLedger) -> None:
+        """What shall go alone goes next, by itself, under the id that was noted, and as if it had never been tried; its own id stays."""
+        hear(ledger, 10)
+        for number in range(3):
+            use(ledger, f"h{number}", 1)
+        first, second, third = (claimed := claim(ledger, limit=3)).events
+        marks = [
+            Mark(first.no, "alone", "left out", send_as="gen_h0"),
+            Mark(second.no, "alone", "taken", send_as="gen_h1.b0b"),
+            Mark(third.no, "delivered"),
+        ]
+        assert ("alone", "alone", "delivered") == ledger.mark(claimed, marks)
+        assert [("gen_h0", 1, "waiting", 0), ("gen_h1", 1, "waiting", 0)] == waiting(ledger)
+
+        for own_id, sent_as in (("gen_h0", "gen_h0"), ("gen_h1", "gen_h1.b0b")):
+            for attempts in (1, 2):
+                (outgoing,) = (claimed := claim(ledger, limit=3)).events
+                assert (own_id, sent_as) == (outgoing.own_id, outgoing.event.transaction_id)
+                assert (attempts, 0) == (outgoing.attempts, claimed.failures)
+                mark(ledger, claimed, "stop" if attempts == 1 else "delivered")
+        assert ["gen_h0", "gen_h1", "gen_h2"] == [event.transaction_id for event in ledger.usage_events()]
+
+    def test_aside(self, ledger: ServiceLedger) -> None:
+        """An event that was put aside is parked by itself: what follows goes. Replayed, it is told after all."""
+        hear(ledger, 10)
+        use(ledger, "h1", 3)
+        use(ledger, "h2", 1)
+        mark(ledger, claim(ledger), "aside", reason="another event")
+        use(ledger, "h3", 1)
+        assert [("gen_h2", 1), ("gen_h3", 1)] == deliver(ledger)
+        assert [("gen_h1", 3, "parked", 1)] == waiting(ledger)
+        assert "another event" == next(ledger.undelivered(state="parked")).reason
+
+        assert 1 == ledger.replay("ada", "calls", "gen_h1")
+        assert [("gen_h1", 3)] == deliver(ledger)
+
+    def test_namesake(self, ledger: ServiceLedger) -> None:
+        """Only another customer's event on the same meter is a namesake."""
+        for customer in ("ada", "bob"):
+            hear(ledger, 10, customer)
+        use(ledger, "h1", 1)
+        assert not ledger.has_namesake("ada", "calls", "gen_h1")
+        assert ledger.has_namesake("bob", "calls", "gen_h1")
+        assert not ledger.has_namesake("bob", "images", "gen_h1")
+        assert not ledger.has_namesake("bob", "calls", "gen_h2")
+
     def test_stop(self, ledger: ServiceLedger) -> None:
         """What a service refused because of us waits on, unchanged."""
         hear(ledger, 10)

@@ -58,6 +58,8 @@ CREATE TABLE metered_ai.outbox (
     first_tried_at bigint,
     -- Since when it fails although the service answers to others.
     failing_since bigint,
+    -- NULL: it may go together with others. Else it goes by itself, under this transaction id.
+    alone_as text,
     reference text,
     reason text
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
