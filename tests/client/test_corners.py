@@ -202,6 +202,7 @@ def test_raw_content(billing, provider, ledger):
     """A body given as text is planned like any other, and one given as a file, which nobody can read beforehand, is refused."""
     client = MeteredOpenAI(billing=billing, customer="ada", base_url=provider.base_url, api_key="k")
     content = '{"model": "m", "input": "Hi", "background": true}'
+    # 2.54 does not have it; then there is no such door to shut.
     if "content" not in client.post.__kwdefaults__:
         pytest.skip("this SDK takes no raw content")
     for body in (content, content.encode(), io.BytesIO(content.encode())):

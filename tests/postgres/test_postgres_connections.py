@@ -259,6 +259,7 @@ class TestAddresses:
 class TestPasswords:
     @pytest.fixture(autouse=True)
     def _role(self, postgres: str) -> Iterator[None]:
+        # Our own server is told to want a password for this role; somebody else's pg_hba.conf is not ours to write.
         if os.environ.get(ADDRESS):
             pytest.skip(f"the server that {ADDRESS} names has its own rules of who needs a password")
         with psycopg.connect(server_of(postgres), autocommit=True) as connection:

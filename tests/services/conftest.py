@@ -63,6 +63,7 @@ def fake():
         fake.add_customer("ada")
         yield fake
 
+        # As in test_description.py: it is not in the sdist.
         if not DESCRIPTION.exists():
             pytest.skip("the published description is not in this distribution: its license is not the library's")
         assert [] == violations(fake.requests)

@@ -7,6 +7,7 @@ import pytest
 from metered_ai.testing.flowglad import Asked
 from tests.services.conftest import DESCRIPTION, violations
 
+# The description is in the repository and not in the sdist, because it is AGPL-3.0: whoever tests from there has nothing to compare with.
 pytestmark = pytest.mark.skipif(
     not DESCRIPTION.exists(),
     reason="the published description is not in this distribution: its license is not the library's",

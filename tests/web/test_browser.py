@@ -17,6 +17,7 @@ from metered_ai.web.operator import OperatorView
 from metered_ai.web.tokens import Tokens
 from tests.web.scenes import GEN, HOSTILE, away, chromium, fill_every_level, find_chromium, serving, use, write_history
 
+# What a page looks like only a browser can tell. No Python package brings one whole, so it is a package of the system's; CI installs it.
 pytestmark = pytest.mark.skipif(
     find_chromium() is None,
     reason="needs Chromium, such as Debian's package: apt-get install chromium fonts-dejavu-core",
