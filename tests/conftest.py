@@ -23,6 +23,9 @@ for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_O
 for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
     # pytest-xdist gives its workers a terminal's size; what is printed into a pipe must not depend on it.
     os.environ.pop(name, None)
+# Nothing here speaks TLS, and reading a hundred certificates for each of thousands of clients would take half of the time.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in the background deaf to Ctrl-C, and so would every command be that a test starts from here.

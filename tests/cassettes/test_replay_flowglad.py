@@ -65,13 +65,13 @@ def test_no_customer():
 
 
 def test_usage_event():
-    """Recorded, recorded again as the same event, and parked where the amount is another than the one that came back."""
+    """Recorded, recorded again as the same event, and put aside where the amount is another than the one that came back."""
     first, second, third = (body["usageEvent"] for body in bodies("usage_event", "usage-events"))
     said = replay("usage_event")
 
     assert first == second == third
     assert [recorded(first)] * 2 == said[:2]
-    assert ("park", "mismatch") == (said[2].outcome, said[2].details["cause"])
+    assert ("aside", "mismatch") == (said[2].outcome, said[2].details["cause"])
 
 
 def test_usage_event_by_price():
@@ -101,7 +101,7 @@ def test_usage_events():
 
     assert {"c"} == set(second)
     assert [recorded(first["a"]), recorded(first["b"])] == one
-    assert ("again", recorded(second["c"])) == (two[0].outcome, two[1])
+    assert ("alone", recorded(second["c"])) == (two[0].outcome, two[1])
 
 
 def test_checkout():
