@@ -266,7 +266,13 @@ class PostgresLedger(Served):
 
     def sweep(self, limit: int = 500) -> Recovery:
         """Resolve up to `limit` holds whose owner's lease is out, by the policy each was placed with."""
-        return self._sweep_behind((0, ""), limit)[0]
+        total = Recovery()
+        key: tuple[int, str] | None = (0, "")
+        # What is passed over, because somebody has its account locked, must not keep a sweep from what is behind it.
+        while key is not None and total.resolved < limit:
+            recovery, key = self._sweep_behind(key, limit - total.resolved)
+            total += recovery
+        return total
 
     def recover(self) -> Recovery:
         """Sweep until nothing is left to resolve."""

@@ -163,9 +163,17 @@ RETURNING no
 SELECT count(*) FROM metered_ai.open_hold WHERE owner_no = $1
 
 -- name: tombstones_pruned
-DELETE FROM metered_ai.ended_hold WHERE (account_no, hold_id) IN (
+-- One that somebody is at may become a late settle's, so that it is looked at again, and by the next sweep.
+WITH old AS MATERIALIZED (
     SELECT account_no, hold_id FROM metered_ai.ended_hold WHERE state = 'tombstone' AND ended_at < $1 ORDER BY ended_at LIMIT $2
+    FOR UPDATE SKIP LOCKED
 )
+DELETE FROM metered_ai.ended_hold AS h USING old WHERE h.account_no = old.account_no AND h.hold_id = old.hold_id
 
 -- name: owners_pruned
-DELETE FROM metered_ai.owner WHERE lease_until < $1 AND no NOT IN (SELECT owner_no FROM metered_ai.open_hold WHERE owner_no IS NOT NULL)
+WITH old AS MATERIALIZED (
+    SELECT no FROM metered_ai.owner
+    WHERE lease_until < $1 AND no NOT IN (SELECT owner_no FROM metered_ai.open_hold WHERE owner_no IS NOT NULL)
+    FOR UPDATE SKIP LOCKED
+)
+DELETE FROM metered_ai.owner AS o USING old WHERE o.no = old.no
