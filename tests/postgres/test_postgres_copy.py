@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -22,7 +23,6 @@ from metered_ai import (
     ConfigurationError,
     InsufficientCreditsError,
     LedgerCorruptError,
-    SchemaTooNewError,
     connect,
 )
 from metered_ai.core.steps import Place, Release, Settle
@@ -35,6 +35,7 @@ from tests.delivery.tab import Tab
 from tests.proof.children import LONG
 
 CUSTOMERS = 40
+UNFINISHED = "not complete.*metered-ai copy.*again"
 
 
 @pytest.fixture
@@ -202,11 +203,51 @@ def test_killed(path, postgres, fork, monkeypatch):
             (is_begun,) = connection.execute("SELECT to_regclass(%s)", (f"{name}.copy",)).fetchone()
         if is_begun is not None:
             begun += 1
-            with connect(postgres, hold_patience=1) as billing, pytest.raises(SchemaTooNewError):
+            with connect(postgres, hold_patience=1) as billing, pytest.raises(ConfigurationError, match=UNFINISHED):
                 billing.record("ada", "calls", transaction_id="early", amount=1)
 
     assert deaths > 15
     assert begun > 8
+    equal(path, postgres)
+
+
+def test_unfinished(path, postgres, monkeypatch):
+    """Whoever opens a copy that is not complete is told so at once, and what to do: on the command line and in an application."""
+
+    def stop(self, table):
+        raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patched,
+        closing(SqliteLedger(path)) as here,
+        closing(PostgresLedger(postgres)) as there,
+    ):
+        patched.setattr(copying._Copy, "_compare", stop)
+        with pytest.raises(KeyboardInterrupt):
+            copying.copy_ledger(here, there)
+
+    for command in ("balance ada", "grant ada calls 5 --id order", "events", "verify", "migrate", "recover"):
+        done = subprocess.run(
+            [sys.executable, "-m", "metered_ai.cli", *command.split(), "--ledger", postgres],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = " ".join(done.stderr.split())
+        assert (2, "") == (done.returncode, done.stdout), command
+        assert re.search(f"{UNFINISHED}.*remove the schema", said), said
+    began = time.monotonic()
+    with connect(postgres) as billing:
+        for use in (
+            lambda: billing.charge("ada", "calls", amount=1).__enter__(),
+            lambda: billing.record("ada", "calls", transaction_id="early", amount=1),
+            lambda: billing.balance("ada", "calls"),
+        ):
+            with pytest.raises(ConfigurationError, match=UNFINISHED):
+                use()
+    assert time.monotonic() - began < 4
+
+    run(path, postgres)
     equal(path, postgres)
 
 
@@ -319,7 +360,7 @@ class TestRefused:
         done = run(path, postgres, check=False)
 
         assert (2, True) == (done.returncode, "the source has changed" in done.stderr)
-        with connect(postgres) as billing, pytest.raises(SchemaTooNewError):
+        with connect(postgres) as billing, pytest.raises(ConfigurationError, match=UNFINISHED):
             billing.grant("ada", "calls", 5, id="order")
 
     def test_differs(self, path, postgres, monkeypatch):
@@ -340,7 +381,7 @@ class TestRefused:
             patched.setattr(copying._Copy, "_all_here", true_rows)
             with pytest.raises(LedgerCorruptError, match="differ in the row"):
                 copying.copy_ledger(here, there)
-        with connect(postgres) as billing, pytest.raises(SchemaTooNewError):
+        with connect(postgres) as billing, pytest.raises(ConfigurationError, match=UNFINISHED):
             billing.grant("ada", "calls", 5, id="order")
 
     def test_other_way(self, path, postgres):

@@ -37,9 +37,6 @@ __all__ = ["Copied", "Progress", "copy_ledger"]
 PIECE = 2_000
 """Rows of one transaction."""
 
-CLOSED = 2_000_000_000
-"""What a schema says it works for while it is being filled: no release knows so many versions."""
-
 
 class Table(NamedTuple):
     """A table, with the key in whose order it is copied, and a statement that writes what the target keeps of its rows besides."""
@@ -119,7 +116,7 @@ def copy_ledger(
     While it runs the source is locked against writing: calls that bill there are refused as BillingUnavailableError and nothing is
     sent. Stop the application first all the same, because what it bills there afterwards is there only. Open holds are waited for
     up to `wait` seconds; meanwhile those of dead processes end by their policy, as they would anyway. Killed, the same copy begun
-    again goes on where it was. Nobody can bill on the target before it is complete: SchemaTooNewError.
+    again goes on where it was. Nobody can bill on the target before it is complete: ConfigurationError, which says so.
 
     Raises ConfigurationError where the target has other data or the source something that is not known here, BillingUnavailableError
     where holds are open or a database is away, LedgerCorruptError where one side is not sound or the two are not equal.
@@ -286,12 +283,12 @@ class _Copy:
                 self._run("INSERT INTO metered_ai.copy (name, source) VALUES ($1, $2)", table.name, identity)
             self._run(
                 "INSERT INTO metered_ai.migration (version, name, works_for) VALUES (0, 'a copy that is not complete', $1)",
-                CLOSED,
+                schemas.UNFINISHED,
             )
 
     def _open(self, identity: str) -> None:
         with self._there.transaction():
-            self._run("DELETE FROM metered_ai.migration WHERE version = 0 AND works_for = $1", CLOSED)
+            self._run("DELETE FROM metered_ai.migration WHERE version = 0 AND works_for = $1", schemas.UNFINISHED)
             self._run("INSERT INTO metered_ai.copy (name, source) VALUES ($1, $2)", _OVER, identity)
 
     def _check_columns(self) -> None:

@@ -13,7 +13,7 @@ from .driver import cursor_of
 if TYPE_CHECKING:
     from .driver import Connection, Cursor
 
-__all__ = ["MIGRATIONS", "Migration", "is_made", "migrate", "migration_sql", "role_sql"]
+__all__ = ["MIGRATIONS", "UNFINISHED", "Migration", "is_made", "migrate", "migration_sql", "role_sql"]
 
 
 class Migration(NamedTuple):
@@ -29,6 +29,9 @@ class Migration(NamedTuple):
 
 MIGRATIONS = (Migration("0001_first.sql", 1), Migration("0002_outbox.sql", 1))
 """In order; a schema's version is how many of them it has had."""
+
+UNFINISHED = 2_000_000_000
+"""What the schema of a copy that is not complete says it works for: no release knows so many versions."""
 
 
 _VERSIONS = """
@@ -118,7 +121,7 @@ def role_sql(schema: str, role: str) -> str:
 
 
 def _version(cursor: Cursor, schema: str, name: str, migrations: Sequence[Migration]) -> int | None:
-    """The schema's version; None where there is none. Raises where its tables are not ours, or too new."""
+    """The schema's version; None where there is none. Raises where its tables are not ours, too new, or half a copy."""
     cursor.execute(
         "SELECT count(*) FILTER (WHERE c.relname = 'migration'), count(*) FILTER (WHERE c.relname = 'account') "
         "FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace "
@@ -134,6 +137,11 @@ def _version(cursor: Cursor, schema: str, name: str, migrations: Sequence[Migrat
         return None
     cursor.execute(in_schema("SELECT max(version), max(works_for) FROM metered_ai.migration", schema))
     ((version, works_for),) = cursor.fetchall()
+    if works_for == UNFINISHED:
+        raise ConfigurationError(
+            f"the ledger {name} is a copy that is not complete, and nobody can use it before it is: run the same `metered-ai copy` "
+            f"again, which goes on where it was, or give the copy up and remove the schema {schema!r}"
+        )
     if (works_for or 0) > len(migrations):
         raise SchemaTooNewError(
             f"the ledger {name} has schema version {version}, which works for releases that know version {works_for}; "
