@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from .core.steps import Release, Settle, Settled, Step, StepResult
-from .errors import BillingUnavailableError, MeteringError
+from .errors import BillingUnavailableError, ConfigurationError, MeteringError
 from .ledger.spool import Spool
 from .records import UsageEvent
 
@@ -28,6 +28,9 @@ __all__ = ["End", "Settler", "unrecorded"]
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+_PASSING = (BillingUnavailableError, ConfigurationError)
+"""What is wrong with the ledger or the way there, and not with the step: it waits until that is mended."""
 
 
 class End(NamedTuple):
@@ -260,7 +263,7 @@ class Settler:
         step = end.step
         if isinstance(step, Release):
             # A release needs no disk: if this process dies, the lease gives the hold back.
-            if isinstance(error, BillingUnavailableError):
+            if isinstance(error, _PASSING):
                 self._keep(_Kept(end, None))
             else:
                 _log.error("hold %s of %r could not be released: %s", step.hold_id, step.customer, error)
@@ -281,7 +284,7 @@ class Settler:
             )
             self._keep(_Kept(end, None))
             return error
-        if isinstance(error, ValueError | MeteringError) and not isinstance(error, BillingUnavailableError):
+        if isinstance(error, ValueError | MeteringError) and not isinstance(error, _PASSING):
             self._park(key, error)
         else:
             _log.warning("usage %s waits in the spool for the ledger: %s", step.transaction_id, error)
@@ -311,7 +314,7 @@ class Settler:
         for kept in list(self._kept):
             try:
                 result = self._ledger.run(kept.end.step)
-            except BillingUnavailableError:
+            except _PASSING:
                 break
             except (ValueError, MeteringError) as error:
                 if kept.key is not None:

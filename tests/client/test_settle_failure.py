@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from metered_ai import BillingUnavailableError, UsageNotRecordedError, bill_to, connect
+from metered_ai import BillingUnavailableError, ConfigurationError, UsageNotRecordedError, bill_to, connect
 from metered_ai.core.steps import Release, Settle
 from metered_ai.ledger.memory import MemoryLedger
 from metered_ai.ledger.spool import Spool
@@ -180,6 +180,21 @@ def test_raise(call, shell, ledger, provider, make_billing):
     works_again(shell, ledger)
 
     assert (1, 0) == (billing.balance("bob", "generations").used, billing.balance("bob", "generations").held)
+
+
+@pytest.mark.parametrize("error", [BillingUnavailableError, ConfigurationError])
+def test_wiring(error, shell, ledger, provider, billing, spool):
+    """A ledger that is wired wrongly, say by a role that lost a right, is no fault of the usage: it waits until that is mended."""
+    client = shell.client()
+    fails(ledger, error)
+    assert create(shell, client)
+    assert 1 == len(list(spool.glob("ledger-*.spool-*")))
+    # Tried again while nothing is mended.
+    assert 0 == billing.recover().parked
+
+    works_again(shell, ledger)
+    assert [f"gen_{provider.issued[0].id}"] == [event.transaction_id for event in ledger.usage_events("ada")]
+    assert [] == list(spool.iterdir())
 
 
 def test_parked(shell, ledger, provider, billing, spool, caplog):
