@@ -78,6 +78,8 @@ def _listen(port: int) -> socket.socket:
     try:
         # Never any other address: who can reach this sees every customer.
         sock.bind(("127.0.0.1", port))
+        # Now, so that whoever is quick to follow the link waits for the server instead of being turned away.
+        sock.listen()
     except OSError as error:
         sock.close()
         raise ConfigurationError(f"port {port} cannot be had on 127.0.0.1: {error.strerror}") from error
