@@ -7,11 +7,14 @@ import random
 import signal
 import threading
 import time
+from contextlib import suppress
 
+import psycopg
 import pytest
+from psycopg_pool import ConnectionPool
 
-from metered_ai import AsyncMeteredOpenAI, BillingUnavailableError, MeteredOpenAI, connect
-from metered_ai.core.steps import Place
+from metered_ai import AsyncMeteredOpenAI, Billing, BillingUnavailableError, MeteredOpenAI, connect
+from metered_ai.core.steps import Place, Settle
 from metered_ai.ledger.postgres import PostgresLedger
 from metered_ai.testing.provider import Answer, FakeProvider
 from tests.client.shells import HELLO, Shell
@@ -205,6 +208,46 @@ class TestHanging:
             assert (f"gen_{answer.id}", 1) == (event.transaction_id, event.amount)
             assert 4 == billing.balance("ada", "generations").available
             assert () == billing.verify().broken
+
+    @pytest.mark.parametrize("way", ["pool", "function"])
+    def test_lent(self, own_server, own_url, spool, way):
+        """
+        So it is with connections of the application's own: no step and no reading waits for one for ever. What its pool gets back is as it
+        was, or closed.
+        """
+        server = own_url.rpartition("schema=")[0].rstrip("?&")
+        named = {"application_name": "metered_ai"}
+        with ConnectionPool(server, min_size=2, max_size=4, kwargs=named, open=True) as pool:
+            pool.wait()
+            lender = pool if way == "pool" else lambda: psycopg.connect(server, **named)
+            ledger = PostgresLedger(own_url, pool=lender, hold_patience=0.5, settle_patience=1.0)
+            with Billing(ledger, spool=spool) as billing:
+                billing.grant("ada", "generations", 5, id="order_1")
+                ledger.run(Place("first", "ada", "generations", 1, None))
+                ledger.run(Settle("first", "ada", "generations", 1, "gen_first", "reported"))
+                for use in (
+                    lambda: ledger.run(Place("second", "ada", "generations", 1, None)),
+                    lambda: ledger.run(Settle("second", "ada", "generations", 1, "gen_second", "reported")),
+                    lambda: ledger.balance("ada", "generations"),
+                ):
+                    assert own_server.stand_still()
+                    began = time.monotonic()
+                    with suppress(BillingUnavailableError):
+                        use()
+                    assert time.monotonic() - began < 15
+                    own_server.go_on()
+                until(lambda: _is_placed(billing), "the ledger works again")
+                until(lambda: not _is_asked(own_server), "the backends come to their end")
+                until(lambda: not billing.readiness(), "nothing waits")
+                assert () == billing.verify().broken
+            ledger.close()
+            if way == "pool":
+                lent = [pool.getconn(timeout=10) for _ in range(4)]
+                assert {(False, 5, False, False)} == {
+                    (each.autocommit, each.prepare_threshold, each.closed, "wait" in vars(each)) for each in lent
+                }
+                for each in lent:
+                    pool.putconn(each)
 
     @staticmethod
     def _stand_still(own_server, provider, gate):

@@ -138,7 +138,7 @@ class PostgresLedger(Served):
     def _start(self) -> None:
         """What a process has for itself: nothing open, nobody waiting."""
         self._pid = os.getpid()
-        self._sessions = Sessions(self._lender(), self._limit, is_pooled=self._is_pooled)
+        self._sessions = Sessions(self._lender(), self._limit, is_pooled=self._is_pooled, longest=self._longest)
         lane = partial(Lane, work=self._work, alone=self._alone, out_of_patience=self._out_of_patience)
         self._aside_lane = lane("metered_ai aside")
         self._end_lane = lane("metered_ai settles", is_settle=True)
@@ -157,7 +157,8 @@ class PostgresLedger(Served):
         return Made(
             connector(
                 self._address.conninfo,
-                patience=max(self._hold_patience, self._settle_patience, 1.0),
+                patience=self._statement_patience,
+                longest=self._longest,
                 lock_wait=_LOCK_WAIT,
                 is_pooled=self._is_pooled,
                 secrets=self._address.secrets,
@@ -565,8 +566,17 @@ class PostgresLedger(Served):
         """What a session that is not ours has to be told in each transaction."""
         if self._pool is None and not self._is_pooled:
             return None
-        patience = max(self._hold_patience, self._settle_patience, 1.0)
-        return f"{int(_LOCK_WAIT * 1000)}ms", f"{int(patience * 1000)}ms"
+        return f"{int(_LOCK_WAIT * 1000)}ms", f"{int(self._statement_patience * 1000)}ms"
+
+    @property
+    def _statement_patience(self) -> float:
+        """Seconds after which the server itself ends a statement."""
+        return max(self._hold_patience, self._settle_patience, 1.0)
+
+    @property
+    def _longest(self) -> float:
+        """Seconds after which a server hangs that has not even done that."""
+        return self._statement_patience + 1
 
     def _is_durable(self, step: Step | ServiceStep | Sweep) -> bool:
         if self._durability == "relaxed":

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from ...errors import BillingUnavailableError, ConfigurationError
 from ..forks import inherited
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from .driver import Connection
+    from .patient import LentPatience
 
 __all__ = ["Given", "Lender", "Sessions", "connector", "lender_of"]
 
@@ -75,24 +76,34 @@ def lender_of(pool: object, pid: int) -> Lender:
     raise ConfigurationError(f"pool must be a psycopg_pool.ConnectionPool or a function that connects, not {pool!r}")
 
 
+class _Before(NamedTuple):
+    """How a connection was when it was opened or lent, and what it has of ours since."""
+
+    autocommit: bool
+    prepare_threshold: int | None
+    patience: LentPatience | None
+
+
 class Sessions:
     """
     Lends connections to whoever has something to do right now, and takes them back.
 
     At most `limit` are out or kept, one of which is the settles': whoever else waits, they do not. Of a given pool none is kept but that
     one. `is_pooled` means that a session is not ours (PgBouncer): nothing is prepared, nothing set for longer than a transaction.
+    `longest` is how many seconds any answer may take, whoever opened the connection.
     """
 
-    def __init__(self, lender: Lender, limit: int, *, is_pooled: bool) -> None:
+    def __init__(self, lender: Lender, limit: int, *, is_pooled: bool, longest: float) -> None:
         self._lender = lender
         self._limit = limit
         self._is_pooled = is_pooled
+        self._longest = longest
         self._free = threading.Condition()
         self._idle: list[Connection] = []
         self._out = 0
         self._own: Connection | None = None
         self._own_lock = threading.Lock()
-        self._before: dict[int, tuple[bool, int | None]] = {}
+        self._before: dict[int, _Before] = {}
         self.is_over = False
 
     @contextmanager
@@ -106,7 +117,7 @@ class Sessions:
             with self._own_lock:
                 connection, self._own = self._own or self._open(patience), None
                 try:
-                    _limit_wait(connection, patience if is_step else None)
+                    self._limit_wait(connection, patience if is_step else None)
                     yield connection
                 finally:
                     if self._lender.spares_one and self._is_well(connection) and not self.is_over:
@@ -116,7 +127,7 @@ class Sessions:
             return
         connection = self._take(patience)
         try:
-            _limit_wait(connection, patience if is_step else None)
+            self._limit_wait(connection, patience if is_step else None)
             yield connection
         finally:
             with self._free:
@@ -151,7 +162,9 @@ class Sessions:
 
     def _open(self, patience: float) -> Connection:
         connection = self._lender.take(patience)
-        self._before[id(connection)] = (connection.autocommit, connection.prepare_threshold)
+        self._before[id(connection)] = _Before(
+            connection.autocommit, connection.prepare_threshold, self._lend_patience(connection)
+        )
         if not connection.autocommit:
             connection.autocommit = True
         if self._is_pooled:
@@ -161,10 +174,24 @@ class Sessions:
     def _part(self, connection: Connection) -> None:
         before = self._before.pop(id(connection), None)
         if before is not None and self._is_well(connection):
-            connection.autocommit, connection.prepare_threshold = before
+            connection.autocommit, connection.prepare_threshold = before.autocommit, before.prepare_threshold
         elif not connection.closed and isinstance(self._lender, Given):
             connection.close()
+        if before is not None and before.patience is not None:
+            before.patience.undo()
         self._lender.give_back(connection)
+
+    def _lend_patience(self, connection: Connection) -> LentPatience | None:
+        from .patient import LentPatience, PatientConnection
+
+        return None if isinstance(connection, PatientConnection) else LentPatience(connection, self._longest)
+
+    def _limit_wait(self, connection: Connection, patience: float | None) -> None:
+        from .patient import PatientConnection
+
+        limited = connection if isinstance(connection, PatientConnection) else self._before[id(connection)].patience
+        if limited is not None:
+            limited.limit_wait(patience)
 
     @staticmethod
     def _is_well(connection: Connection) -> bool:
@@ -199,6 +226,7 @@ def connector(
     conninfo: Mapping[str, Any],
     *,
     patience: float,
+    longest: float,
     lock_wait: float,
     is_pooled: bool,
     secrets: tuple[str, ...],
@@ -236,17 +264,10 @@ def connector(
                 f"the ledger {name} cannot be reached: {cleaned(str(error), secrets)}"
             ) from None
         if isinstance(connection, PatientConnection):
-            connection.longest = connection.patience = patience + 1
+            connection.longest = connection.patience = longest
         return connection
 
     return connect
-
-
-def _limit_wait(connection: Connection, patience: float | None) -> None:
-    from .patient import PatientConnection
-
-    if isinstance(connection, PatientConnection):
-        connection.limit_wait(patience)
 
 
 def _user(given: Mapping[str, Any]) -> str:
