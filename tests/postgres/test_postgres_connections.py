@@ -303,10 +303,13 @@ class TestPasswords:
             assert 5 == billing.balance("ada", "calls").available
         assert "s3cret" not in shown
 
-    @pytest.mark.parametrize("mistake", ["password", "database", "role"])
+    @pytest.mark.parametrize("mistake", ["password", "no password", "database", "role"])
     def test_wrong(self, mistake: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A wrong password, database or role is a ConfigurationError at once, which names the user and the place and no password."""
-        monkeypatch.setenv("PGPASSWORD", PASSWORD if mistake == "database" else "n0t-it")
+        if mistake == "no password":
+            monkeypatch.delenv("PGPASSWORD", raising=False)
+        else:
+            monkeypatch.setenv("PGPASSWORD", PASSWORD if mistake == "database" else "n0t-it")
         user = NEEDS_PASSWORD
         if mistake == "database":
             url = url.replace("/postgres?", "/n0where?", 1)

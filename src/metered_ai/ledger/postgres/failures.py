@@ -18,7 +18,7 @@ _PASSING = frozenset({"53300", "25P03", "25P04", "25006", "55000", "40003"})
 # A refused connection has no SQLSTATE in libpq. These are the server's and libpq's own words; a server that speaks another language is
 # taken for one that is away, and tried again.
 _MISTAKEN = re.compile(
-    r"authentication failed|no password supplied|pg_hba\.conf|(?:role|database) \".*\" does not exist|is not permitted to log in"
+    r"authentication failed|pg_hba\.conf|(?:role|database) \".*\" does not exist|is not permitted to log in"
     r"|permission denied for database|no such user|no such database"
 )
 _URL_PASSWORD = re.compile(r"(?<=://)([^/?#\s@]*):[^/?#\s]*@")
@@ -58,6 +58,9 @@ def is_mistaken(error: BaseException) -> bool:
     state = state_of(error)
     if state is not None:
         return state[:2] == "28" or state == "3D000"
+    # libpq's own: the server asks for a password, and there is none.
+    if getattr(getattr(error, "pgconn", None), "needs_password", False):
+        return True
     return _MISTAKEN.search(str(error)) is not None
 
 
