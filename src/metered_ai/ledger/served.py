@@ -1,8 +1,7 @@
-"""The half of a ledger on SQLite that serves a remote billing service: balances heard, events claimed and marked, the outbox listed."""
+"""The half of a ledger that serves a remote billing service: balances heard, events claimed and marked, the outbox listed."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -11,9 +10,9 @@ from ..core.checks import check_name
 from ..core.delivery import Claimed, Mark, Question
 from ..records import MAX_TOTAL, OutboxSummary, Undelivered
 from .inputs import ID_LIMIT
-from .reading import Reading
 from .rows import event_of, moment
-from .serving import SQL, Ask, Bind, Claim, Hear, MarkSent, Replay, ServiceStep
+from .serving import SQL, Ask, Bind, Claim, Hear, MarkSent, Replay
+from .sweeping import Sweeping
 
 __all__ = ["Served"]
 
@@ -21,12 +20,8 @@ _PAGE = 500
 _STATES = ("waiting", "parked", "dead")
 
 
-class Served(Reading):
+class Served(Sweeping):
     """What `ServiceLedger` asks for besides a ledger."""
-
-    @abstractmethod
-    def _serve(self, step: ServiceStep) -> object:
-        """Do one step in a transaction."""
 
     @property
     def service(self) -> str | None:
@@ -37,11 +32,11 @@ class Served(Reading):
 
     def bind(self, service: str, /) -> None:
         """Open for this service and no other, for ever. ConfigurationError, naming both, where the ledger belongs to another."""
-        self._serve(Bind(check_name(service, "service", 1024)))
+        self._carry_out(Bind(check_name(service, "service", 1024)))
 
     def ask(self, customer: str, meter: str, /) -> Question:
         """Note that a balance is about to be asked for, before the request is sent."""
-        return cast("Question", self._serve(Ask(check_name(customer, "customer"), check_name(meter, "meter"))))
+        return cast("Question", self._carry_out(Ask(check_name(customer, "customer"), check_name(meter, "meter"))))
 
     def hear(
         self, question: Question, available: int | None, /, *, reference: str | None = None, limit: int | None = None
@@ -50,7 +45,7 @@ class Served(Reading):
         for what, value in (("available", available), ("limit", limit)):
             if value is not None and (type(value) is not int or not -MAX_TOTAL <= value <= MAX_TOTAL):
                 raise ValueError(f"{what} must be a whole number of credits or None, not {value!r}")
-        return cast("bool", self._serve(Hear(question, available, reference, limit)))
+        return cast("bool", self._carry_out(Hear(question, available, reference, limit)))
 
     def heard_ago(self, customer: str, meter: str, /) -> float | None:
         """Seconds since the balance in use was asked for; None where there is none, or the clock has been set back behind it."""
@@ -72,11 +67,11 @@ class Served(Reading):
             if not fetch(SQL["claimable"], (0, now)):
                 ((due,),) = fetch(SQL["next_due"], ())
                 return None if due is None else max(0, due - now) / 1_000_000
-        return cast("Claimed | float | None", self._serve(Claim(claim, lease, limit, behind)))
+        return cast("Claimed | float | None", self._carry_out(Claim(claim, lease, limit, behind)))
 
     def mark(self, claimed: Claimed, marks: Sequence[Mark], /, *, give_up_after: float = 86400.0) -> tuple[str, ...]:
         """Note what became of a claim's events and end the claim. What each mark came to: its outcome, or `dead` for one too old."""
-        return cast("tuple[str, ...]", self._serve(MarkSent(claimed, tuple(marks), give_up_after)))
+        return cast("tuple[str, ...]", self._carry_out(MarkSent(claimed, tuple(marks), give_up_after)))
 
     def has_namesake(self, customer: str, meter: str, transaction_id: str, /) -> bool:
         """Whether another customer has a usage event of this transaction id on the meter. Looks into every account."""
@@ -96,7 +91,7 @@ class Served(Reading):
         ):
             if value is not None:
                 check_name(value, what, limit)
-        return cast("int", self._serve(Replay(customer, meter, transaction_id)))
+        return cast("int", self._carry_out(Replay(customer, meter, transaction_id)))
 
     def undelivered(
         self, customer: str | None = None, meter: str | None = None, /, *, state: str | None = None

@@ -16,12 +16,12 @@ from typing import Any, Literal, cast
 from ..core.steps import AddGrant, Enlarge, Place, Record, Renew, Revoke, Settle, SetUnlimited, Step, StepResult
 from ..errors import BillingUnavailableError, ConfigurationError, MeteringError
 from . import Outcomes, files
-from .book import TOMBSTONE_KEPT, Sweep
+from .book import Sweep
 from .commits import Commits, Job, Locked
 from .forks import FORK_PATIENCE, inherited, ledgers
 from .inputs import check
 from .reading import Fetch, rows_of
-from .reports import Recovery, Verification
+from .reports import Verification
 from .served import Served
 from .serving import Ask, Bind, Hear, ServiceStep, Serving
 from .statements import Statement
@@ -143,34 +143,12 @@ class SqliteLedger(Served):
                 handed.append((step, self._patience(step), None))
         return self._commits.submit_all(handed)
 
-    def sweep(self, limit: int = 500) -> Recovery:
-        """Resolve up to `limit` holds whose owner's lease is out, by the policy each was placed with."""
-        return self._sweep_behind((0, ""), limit)[0]
-
-    def recover(self) -> Recovery:
-        """Sweep until nothing is left to resolve."""
-        total = Recovery()
-        key: tuple[int, str] | None = (0, "")
-        while key is not None:
-            recovery, key = self._sweep_behind(key, 500)
-            total += recovery
-        return total
-
-    def _sweep_behind(self, key: tuple[int, str], limit: int) -> tuple[Recovery, tuple[int, str] | None]:
-        # Looked up outside of the write transaction: a sweep that finds nothing locks nothing.
-        holds = self._orphans(key, limit)
-        if not holds and not self._has_old_tombstone(self.now() - TOMBSTONE_KEPT):
-            return Recovery(), None
-        self._check_open()
-        recovery = cast("Recovery", self._commits.run(Sweep(tuple(holds)), self._settle_patience))
-        return recovery, holds[-1] if len(holds) == limit else None
-
     def bind(self, service: str, /) -> None:
         """Open for this service and no other, for ever. ConfigurationError, naming both, where the ledger belongs to another."""
         super().bind(service)
         self._service = service
 
-    def _serve(self, step: ServiceStep) -> object:
+    def _carry_out(self, step: ServiceStep | Sweep) -> object:
         self._check_open()
         patience = self._hold_patience if type(step) in (Ask, Hear) else self._settle_patience
         return self._commits.run(step, patience)

@@ -34,12 +34,12 @@ from ...errors import (
     SchemaTooNewError,
 )
 from .. import Outcomes
-from ..book import TOMBSTONE_KEPT, Sweep
+from ..book import Sweep
 from ..commits import Handed, Job, Locked, OneOfSeveral, Several
 from ..forks import ledgers
 from ..inputs import check
 from ..reading import Fetch
-from ..reports import Recovery, Verification
+from ..reports import Verification
 from ..rows import Row
 from ..served import Served
 from ..serving import Ask, Bind, Hear, ServiceStep
@@ -265,34 +265,6 @@ class PostgresLedger(Served):
     def _patience(self, step: Step | ServiceStep | Sweep) -> float:
         return self._hold_patience if type(step) in _HOLDS else self._settle_patience
 
-    def sweep(self, limit: int = 500) -> Recovery:
-        """Resolve up to `limit` holds whose owner's lease is out, by the policy each was placed with."""
-        total = Recovery()
-        key: tuple[int, str] | None = (0, "")
-        # What is passed over, because somebody has its account locked, must not keep a sweep from what is behind it.
-        while key is not None and total.resolved < limit:
-            recovery, key = self._sweep_behind(key, limit - total.resolved)
-            total += recovery
-        return total
-
-    def recover(self) -> Recovery:
-        """Sweep until nothing is left to resolve."""
-        total = Recovery()
-        key: tuple[int, str] | None = (0, "")
-        while key is not None:
-            recovery, key = self._sweep_behind(key, 500)
-            total += recovery
-        return total
-
-    def _sweep_behind(self, key: tuple[int, str], limit: int) -> tuple[Recovery, tuple[int, str] | None]:
-        # Looked up outside of the transaction: a sweep that finds nothing locks nothing.
-        holds = self._orphans(key, limit)
-        if not holds and not self._has_old_tombstone(self.now() - TOMBSTONE_KEPT):
-            return Recovery(), None
-        self._check_open()
-        recovery = cast("Recovery", self._do(Sweep(tuple(holds))))
-        return recovery, holds[-1] if len(holds) == limit else None
-
     def bind(self, service: str, /) -> None:
         """Open for this service and no other, for ever. ConfigurationError, naming both, where the ledger belongs to another."""
         # Binding locks everybody out for a moment, so that it is done once for all processes.
@@ -300,7 +272,7 @@ class PostgresLedger(Served):
             super().bind(service)
         self._service = service
 
-    def _serve(self, step: ServiceStep) -> object:
+    def _carry_out(self, step: ServiceStep | Sweep) -> object:
         self._check_open()
         return self._do(step)
 
